@@ -1,0 +1,1 @@
+"""Recipes: YAML files, found by name."""

@@ -1,0 +1,1 @@
+"""Stage 2: classification fine-tuning and evaluation."""

@@ -1,0 +1,90 @@
+"""The fine-tuning stage's options: the shared sections plus the task."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from halfseen.config import (
+    Augment,
+    ConfigError,
+    Data,
+    Engine,
+    Model,
+    Monitor,
+    Optim,
+    Run,
+    at_least,
+    between,
+    positive,
+)
+
+
+@dataclass
+class Task:
+    """Classification: what the head reads, what the loss is, what trains. Classes come from data.classes."""
+
+    pool: Literal["class", "mean"] = "mean"  # class: that token after the final norm; mean: of patches
+    loss: Literal["ce", "bce"] = "ce"  # ce: soft-target cross entropy; bce: binary per class (DeiT III)
+    smoothing: float = 0.1  # share of the target spread over all classes; needs loss=ce
+    head_std: float = 2e-5  # standard deviation of the new head's weights
+    train: Literal["all", "head"] = "all"  # head: the trunk is frozen and runs in evaluation mode
+    mix_stride: int = 0  # mixup and cutmix pair the images at p and p + stride; 0: from run.global_batch
+
+    def check(self, key: str) -> None:
+        """Ranges, and smoothing that binary targets would turn into noise."""
+        between(f"{key}.smoothing", self.smoothing, 0.0, 0.999)
+        positive(f"{key}.head_std", self.head_std)
+        at_least(f"{key}.mix_stride", self.mix_stride, 0)
+        if self.loss == "bce" and self.smoothing:
+            raise ConfigError(
+                f"{key}.smoothing",
+                self.smoothing,
+                "loss=bce takes every class above 0 for present, so smoothing would mark all of them",
+                f"set {key}.smoothing=0, or {key}.loss=ce",
+            )
+
+
+@dataclass
+class Finetune:
+    """A fine-tuning run. Defaults are MAE's published recipe for ViT-B (100 epochs)."""
+
+    stage: Literal["finetune"] = "finetune"
+    model: Model = field(default_factory=lambda: Model(drop_path=0.1))
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(
+        default_factory=lambda: Augment(
+            crop_scale=(0.08, 1.0), randaugment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0
+        )
+    )
+    task: Task = field(default_factory=Task)
+    optim: Optim = field(
+        default_factory=lambda: Optim(
+            base_lr=5e-4, min_lr=1e-6, warmup="5ep", betas=(0.9, 0.999), decay_tokens=False, layer_decay=0.65
+        )
+    )
+    engine: Engine = field(default_factory=Engine)
+    run: Run = field(default_factory=lambda: Run(images="100ep", global_batch=1024, checkpoint_every="5ep"))
+    monitor: Monitor = field(default_factory=Monitor)
+
+    def check(self, key: str) -> None:
+        """Combinations of sections that make no sense together."""
+        if self.data.classes < 2:
+            raise ConfigError(
+                "data.classes", self.data.classes, "a classifier needs at least two", "e.g. data.classes=1000"
+            )
+        if self.data.label == "none":
+            raise ConfigError("data.label", "none", "fine-tuning needs labels", "name a member extension, e.g. cls")
+        if self.task.pool == "class" and not self.model.class_token:
+            raise ConfigError(
+                "task.pool",
+                "class",
+                "model.class_token is false, so there is no such token",
+                "use task.pool=mean",
+            )
+        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        if mixes and 0 < self.task.mix_stride < self.data.repeats:
+            raise ConfigError(
+                "task.mix_stride",
+                self.task.mix_stride,
+                f"is below data.repeats={self.data.repeats}, so images would be mixed with themselves",
+                f"use task.mix_stride={self.data.repeats} or more",
+            )

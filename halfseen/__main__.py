@@ -1,0 +1,5 @@
+"""``python -m halfseen COMMAND ...``."""
+
+from halfseen.cli import main
+
+main()

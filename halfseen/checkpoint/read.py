@@ -1,0 +1,109 @@
+"""Weights out of whatever holds them -- a run, a checkpoint, a file -- in one process, without an engine."""
+
+import argparse
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from halfseen.config import ConfigError
+
+from . import folder as layout
+from . import stream
+
+# Keys under which published .pth files keep their weights, and their averaged weights.
+PLAIN = ("model", "state_dict", "module", "model_state")
+AVERAGED = ("model_ema", "state_dict_ema", "ema")
+
+
+def read_weights(path: Path | str, part: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
+    """Weights and saved buffers by name, on the CPU.
+
+    path: a run folder or its checkpoints folder (the newest healthy one counts), one checkpoint, or a
+    .safetensors, .pth, .pt or .bin file. part: ema takes averaged weights where they exist, which is for all
+    that was trained. Tied weights appear under each of their names, sharing memory. Only what is asked for
+    is read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_checkpoint(find_checkpoint(path), part)
+    if not path.is_file():
+        raise ConfigError("weights", str(path), "there is no such file or folder", "check the path")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if part != "model":
+            raise ConfigError("weights", str(path), f"a .safetensors file has no part {part!r}", "ask for model")
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ConfigError("weights", str(path), f"is no .safetensors file: {error}", "name another file") from error
+    if path.suffix in (".pth", ".pt", ".bin"):
+        # Published files carry their training options, an argparse.Namespace: plain values, no code. Only the zip
+        # format (torch >= 1.6) can be mapped instead of read.
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # bytes that are no pickle can fail in any way
+            reason = f"cannot be read as weights: {type(error).__name__}: {error}".splitlines()[0]
+            raise ConfigError("weights", str(path), reason, "give a state dict saved by torch.save") from error
+        return _named_tensors(path, content, part)
+    raise ConfigError("weights", str(path), f"unknown kind of file {path.suffix!r}", "give .safetensors or .pth")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The healthy checkpoint a folder stands for; ConfigError naming every bad file otherwise."""
+    if layout.position_of(path) >= 0 or (path / layout.MANIFEST).exists():
+        wrong = layout.faults(path)
+        if wrong:
+            raise ConfigError("checkpoint", str(path), "is damaged: " + "; ".join(wrong), "use another checkpoint")
+        return path
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest, passed = layout.newest_healthy(inside)
+    if newest is None:
+        reason = "holds no healthy checkpoint" + "".join(f"; {line}" for line in passed)
+        raise ConfigError("checkpoint", str(path), reason, "name a run folder, a checkpoint, or a weight file")
+    for line in passed:
+        warnings.warn(f"a newer checkpoint is passed over: {line}", stacklevel=3)
+    return newest
+
+
+def read_checkpoint(path: Path, part: Literal["model", "ema"]) -> dict[str, Tensor]:
+    """Weights of one checkpoint folder, read tensor by tensor from its files."""
+    manifest = layout.read_manifest(path)
+    kept = stream.stored(path)
+    if part == "ema" and not any(key.startswith("ema.") for key in kept):
+        raise ConfigError("weights", str(path), "keeps no averaged weights", "ask for the part model")
+    keys = stream.names(kept, part)
+    wanted = {key: torch.empty(kept[key].shape, dtype=kept[key].dtype) for key in keys.values()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    found = {name: wanted[key] for name, key in keys.items()}
+    for alias, name in manifest["meta"].get("aliases", {}).items():
+        if name in found:
+            found[alias] = found[name]
+    return found
+
+
+def _named_tensors(path: Path, content: Any, part: str) -> dict[str, Tensor]:
+    """The weights inside a .pth file's content."""
+    if not isinstance(content, Mapping):
+        raise ConfigError("weights", str(path), f"holds a {type(content).__name__}", "give a state dict")
+    if part == "ema":
+        holder = next((key for key in AVERAGED if key in content), None)
+        if holder is None:
+            raise ConfigError("weights", str(path), f"none of the keys {AVERAGED} is in it", "ask for the part model")
+        content = content[holder]
+    else:
+        content = next((content[key] for key in PLAIN if isinstance(content.get(key), Mapping)), content)
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ConfigError("weights", str(path), f"holds no tensors, only {list(content)[:5]}", "give a state dict")
+    return tensors

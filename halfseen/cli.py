@@ -1,0 +1,101 @@
+"""``halfseen COMMAND ...``: command name to module, nothing else."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from halfseen.config import ConfigError
+
+# name -> (module, what it does). Stages and tools are named as strings: the library never imports them.
+COMMANDS = {
+    "pretrain": ("halfseen.pretrain.train", "pretrain from a recipe, or resume a run folder"),
+    "finetune": ("halfseen.finetune.train", "fine-tune a classifier from a recipe, or resume a run folder"),
+    "evaluate": ("halfseen.finetune.evaluate", "top-1, top-5 and per-class accuracy of a fine-tuned run"),
+    "reconstruct": ("halfseen.tools.reconstruct", "draw masked | reconstructed | original from a pretraining run"),
+    "recipes": ("halfseen.tools.recipes", "list the bundled recipes, or print one, or every option"),
+    "shards": ("halfseen.tools.shards", "build, index, check and measure WebDataset shards"),
+    "inspect": ("halfseen.tools.inspect_run", "what a run or checkpoint holds, what wrote it, and whether it is sound"),
+    "export": ("halfseen.tools.export", "one .safetensors file out of a run, in little memory"),
+    "replay": ("halfseen.tools.replay", "run a step again that stopped a run, and name the culprit"),
+    "convert": ("halfseen.tools.convert", "weights: ours <-> MAE, DeiT, timm"),
+    "conformance": ("halfseen.tools.conformance", "compare this code with outputs of official implementations"),
+    "bench": ("halfseen.tools.bench", "time the training step or the data path, against peers"),
+    "demo": ("halfseen.tools.demo", "pretrain, fine-tune and compare with scratch on the embedded images"),
+}
+
+
+def usage() -> str:
+    """The text of ``halfseen --help``."""
+    lines = [f"  {name:<12} {what}" for name, (_, what) in COMMANDS.items()]
+    return "usage: halfseen COMMAND ...\n\n" + "\n".join(lines) + "\n\n`halfseen COMMAND --help` tells more.\n"
+
+
+def run_stage(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:
+    """Run a command's main and exit with its code.
+
+    A refused option becomes a short message and exit code 2; what a sound program must expect from data and disks, one
+    line and exit code 1. HALFSEEN_TRACEBACK=1 shows where they arose, as for every other exception.
+    """
+    try:
+        code = main(list(sys.argv[1:] if argv is None else argv))
+    except expected() as error:
+        if os.environ.get("HALFSEEN_TRACEBACK") == "1":
+            raise
+        code = 2 if isinstance(error, ConfigError) else 1
+        if code == 1 or first_rank():
+            print(f"error: {message(error)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def expected() -> tuple[type[Exception], ...]:
+    """Errors that come from options, data, numbers and disks, not from this code; their messages say what to do."""
+    from halfseen.capsule import NotFinite
+    from halfseen.data.ledger import TooManyBad
+    from halfseen.data.reader import StaleIndex
+
+    return ConfigError, NotFinite, TooManyBad, StaleIndex, OSError
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for all: every rank refuses the same options, and once is enough to say so."""
+    from halfseen.distributed import place
+
+    try:
+        found = place(dict(os.environ))
+    except ConfigError:
+        return True
+    return found is None or found.rank == 0
+
+
+def message(error: Exception) -> str:
+    """An error's text; of one that a loader process passed on, its last line instead of that process's traceback."""
+    text = str(error) or type(error).__name__
+    return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        from halfseen import __version__
+
+        print(f"halfseen {__version__}")
+        sys.exit(0)
+    if arguments[0] not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        print(f"error: no command {arguments[0]!r}.{hint}", file=sys.stderr)
+        print(usage(), end="", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(COMMANDS[arguments[0]][0])
+    run_stage(module.main, arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,559 @@
+"""Typed configuration: the dataclasses every stage shares, and how recipes become them.
+
+Precedence, lowest first: dataclass defaults, the recipe's ``base:`` files in order, the recipe, dotted overrides from
+the command line. Whatever is wrong -- a typo, a type, a combination -- raises ConfigError before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Config = TypeVar("Config")
+
+
+class ConfigError(ValueError):
+    """A refused option. The message names the key, the value and the fix."""
+
+    def __init__(self, key: str, value: object, reason: str, fix: str) -> None:
+        self.key, self.value, self.reason, self.fix = key, value, reason, fix
+        super().__init__(f"{key}={value!r}: {reason}\n  fix: {fix}")
+
+
+# ---------------------------------------------------------------------------------------------------- sections
+
+
+@dataclass
+class Model:
+    """The trunk: one ViT whose parts are independent choices (see halfseen/models)."""
+
+    size: Literal["ti", "s", "b", "l", "h", "g"] = "b"  # width, depth, heads, patch; see halfseen/models/sizes.py
+    width: int | None = None  # channels D; None takes it from size
+    depth: int | None = None  # blocks L; None takes it from size
+    heads: int | None = None  # attention heads H; None takes it from size
+    patch: int | None = None  # pixels on a patch's side; None takes it from size
+    mlp_ratio: float | None = None  # hidden width of the MLP over D; None takes it from size
+    stem: Literal["patch", "hmlp", "conv"] = "patch"  # patch: one linear map; hmlp: patch-independent; conv: 3x3s
+    stem_norm: Literal["layer", "batch"] = "layer"  # norm inside hmlp and conv stems; batch is hMLP as published
+    position: Literal["none", "learned", "sincos"] = "learned"  # absolute position embedding added to patches
+    position_on_class: bool = True  # learned/sincos tables have a row for the class token (DeiT III has none)
+    class_token: bool = True  # prepend one learned token
+    registers: int = 0  # extra learned tokens without a meaning (Darcet et al., 2023)
+    parallel: int = 1  # branches per block: n attentions side by side, then n MLPs (Three things, eq. 2)
+    share: int = 1  # consecutive blocks that share attention and MLP weights (MiniViT); depth must divide by it
+    layer_scale: float | None = None  # initial value of the per-channel residual scale; None: no LayerScale
+    drop_path: float = 0.0  # probability of dropping a whole sample's residual branch
+    drop_path_shape: Literal["linear", "constant"] = "linear"  # ramp from 0 over depth, or the same everywhere
+    qkv_bias: bool = True  # bias on q, k and v
+    norm_eps: float = 1e-6  # LayerNorm epsilon
+
+    def check(self, key: str) -> None:
+        """Refuse what needs no tensor to be wrong."""
+        positive(f"{key}.parallel", self.parallel)
+        positive(f"{key}.share", self.share)
+        between(f"{key}.drop_path", self.drop_path, 0.0, 0.99)
+        at_least(f"{key}.registers", self.registers, 0)
+        positive(f"{key}.norm_eps", self.norm_eps)
+        for name in ("width", "depth", "heads", "patch", "mlp_ratio"):
+            if getattr(self, name) is not None:
+                positive(f"{key}.{name}", getattr(self, name))
+
+
+@dataclass
+class Source:
+    """One set of shards in a mixture."""
+
+    shards: str = ""  # folder, glob, brace pattern, URL, pipe: command, or embedded:NAME
+    weight: float = 1.0  # relative share of positions this source fills; ignored when it is the only one
+
+
+@dataclass
+class Data:
+    """Where images come from and how their order is made (see halfseen/data)."""
+
+    train: list[Source] = field(default_factory=list)  # a plain string or list of strings is accepted too
+    val: str | None = None  # shards of the evaluation set; None: no evaluation
+    label: str = "cls"  # where a label is: a member's extension (text integer), json:KEY, folder, or none
+    classes: int = 0  # number of classes; 0 where labels are not used
+    image_size: int = 224  # pixels on a side after cropping
+    workers: int = 4  # loader processes per rank; 0 reads in the training process
+    prefetch: int = 4  # micro-batches each worker keeps ready
+    chunk: int = 256  # consecutive samples that stay together until the window shuffle
+    window: int = 2048  # samples of one lane permuted among each other; lanes x window are mixed
+    lanes: int = 64  # parallel streams; a multiple of the world size keeps each chunk on one rank
+    repeats: int = 1  # repeated augmentation: each image this many times in a row, augmented differently
+    limit: int = 0  # use only the first N samples of each source; 0: all
+    decode: Literal["auto", "pillow"] = "auto"  # auto: simplejpeg where it can, Pillow for the rest
+    max_pixels: int = 100_000_000  # an image that claims more pixels than this counts as bad
+    bad_limit: float = 0.001  # share of bad samples, since the run began, above which it stops; 10 pass always, 0: none
+    cache: str | None = None  # folder on local disk for remote shards; required for remote shards
+    cache_gib: float = 0.0  # evict least recently used shards above this size in GiB; 0: never
+
+    def check(self, key: str) -> None:
+        """Ranges."""
+        for name in ("image_size", "prefetch", "chunk", "window", "lanes", "repeats", "max_pixels"):
+            positive(f"{key}.{name}", getattr(self, name))
+        for name in ("workers", "limit", "classes"):
+            at_least(f"{key}.{name}", getattr(self, name), 0)
+        between(f"{key}.bad_limit", self.bad_limit, 0.0, 1.0)
+        at_least(f"{key}.cache_gib", self.cache_gib, 0.0)
+        for number, source in enumerate(self.train):
+            if not source.shards:
+                raise ConfigError(f"{key}.train[{number}].shards", "", "is empty", "name a folder or a pattern of tars")
+            if not source.weight > 0:
+                raise ConfigError(f"{key}.train[{number}].weight", source.weight, "is not positive", "use a weight > 0")
+
+
+@dataclass
+class Augment:
+    """What is done to a training image; everything is drawn from (seed, position)."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # random resized crop: share of the area, lowest and highest
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # width over height of the crop
+    flip: float = 0.5  # probability of a left-right flip
+    jitter: float = 0.0  # colour jitter strength (brightness, contrast, saturation); 0: off
+    randaugment: str = ""  # timm's string, e.g. rand-m9-mstd0.5-inc1; empty: off
+    erase: float = 0.0  # probability of random erasing (pixel noise)
+    mixup: float = 0.0  # Beta parameter of mixup; 0: off
+    cutmix: float = 0.0  # Beta parameter of cutmix; 0: off
+    mix_probability: float = 1.0  # share of batches that are mixed at all
+    switch_probability: float = 0.5  # share of mixed batches that use cutmix when both are on
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted after scaling to [0, 1], per channel RGB
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # divided by, per channel RGB
+
+    def check(self, key: str) -> None:
+        """Ranges."""
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ConfigError(f"{key}.crop_scale", self.crop_scale, "is not 0 < low <= high <= 1", "e.g. [0.2, 1.0]")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ConfigError(f"{key}.crop_ratio", self.crop_ratio, "is not 0 < low <= high", "e.g. [0.75, 1.3333]")
+        for name in ("flip", "erase", "mix_probability", "switch_probability"):
+            between(f"{key}.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("jitter", "mixup", "cutmix"):
+            at_least(f"{key}.{name}", getattr(self, name), 0.0)
+        if not min(self.std) > 0:
+            raise ConfigError(f"{key}.std", self.std, "divides a channel, so all must be > 0", "use [1, 1, 1] for none")
+
+
+@dataclass
+class Optim:
+    """Optimizer and schedule; the rate is set at every step from the images consumed."""
+
+    name: Literal["adamw", "lamb", "lars", "sgd"] = "adamw"
+    base_lr: float | None = 1.5e-4  # rate per base_batch images: lr = base_lr x global_batch / base_batch
+    base_batch: int = 256  # images the base rate refers to
+    lr: float | None = None  # absolute rate; set base_lr to null when this is given
+    min_lr: float = 0.0  # absolute rate at the end of the schedule
+    warmup: str = "40ep"  # duration of the linear ramp from warmup_lr
+    warmup_lr: float = 0.0  # absolute rate at the first image
+    schedule: Literal["cosine", "constant", "timm"] = "cosine"  # after the warm-up; timm's cosine began with the run
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW and LAMB moments
+    eps: float | None = None  # AdamW and LAMB denominator; None: 1e-8 for AdamW, 1e-6 for LAMB as in timm and apex
+    momentum: float = 0.9  # LARS and SGD
+    weight_decay: float = 0.05  # decoupled decay of tensors with two or more axes
+    decay_tokens: bool = True  # decay class, mask and position tensors too (MAE pretraining does)
+    layer_decay: float = 1.0  # each block's rate is this times the next one's; 1: off
+    clip: float | None = None  # largest gradient norm; None: no clipping
+
+    def check(self, key: str) -> None:
+        """One rate, sane ranges."""
+        if (self.lr is None) == (self.base_lr is None):
+            raise ConfigError(
+                f"{key}.lr",
+                self.lr,
+                f"exactly one of {key}.lr and {key}.base_lr must be set (base_lr is {self.base_lr})",
+                f"set the other to null, e.g. {key}.base_lr=null {key}.lr=1e-3",
+            )
+        for name in ("lr", "base_lr", "clip", "eps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{key}.{name}", getattr(self, name), "is not positive", "use a number > 0, or null")
+        for name, decays in (("betas", self.betas), ("momentum", (self.momentum,))):
+            if not all(0 <= decay < 1 for decay in decays):
+                raise ConfigError(f"{key}.{name}", getattr(self, name), "is outside [0, 1)", "e.g. betas=[0.9,0.95]")
+        between(f"{key}.layer_decay", self.layer_decay, 0.01, 1.0)
+        positive(f"{key}.base_batch", self.base_batch)
+        for name in ("min_lr", "warmup_lr", "weight_decay"):
+            at_least(f"{key}.{name}", getattr(self, name), 0.0)
+
+    def peak(self, global_batch: int) -> float:
+        """The absolute rate after the warm-up."""
+        return self.lr if self.lr is not None else (self.base_lr or 0.0) * global_batch / self.base_batch
+
+
+@dataclass
+class Engine:
+    """How the student is sharded, run and updated (see halfseen/engines)."""
+
+    name: Literal["auto", "single", "ddp", "fsdp", "deepspeed", "fairscale"] = "auto"  # auto: single or ddp
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type of the forward; weights stay fp32
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: bool = False  # recompute each block in the backward instead of keeping its activations
+    compile: bool = False  # torch.compile each block
+    shard_size: int = 0  # fsdp: ranks a shard group spans (HSDP); 0: all of them
+    reshard: bool = True  # fsdp: free gathered weights between forward and backward
+    zero_stage: Literal[0, 1, 2, 3] = 2  # deepspeed: shard nothing, moments, and gradients, and weights
+    offload: bool = False  # deepspeed: masters and moments in host memory, updated there
+    extra: str = ""  # deepspeed: a JSON file with more of its options; those halfseen sets are refused there
+    fairscale: Literal["oss", "sharded"] = "oss"  # oss: moments sharded, under DDP; sharded: gradients too
+    ema: float = 0.0  # decay of the averaged weights; 0: none
+    skip_budget: int = 10  # non-finite updates that may be skipped between two checkpoints
+    rollback_budget: int = 2  # returns to the last checkpoint before the run stops with a capsule
+
+    def check(self, key: str) -> None:
+        """Ranges."""
+        between(f"{key}.ema", self.ema, 0.0, 0.9999999)
+        for name in ("shard_size", "skip_budget", "rollback_budget"):
+            at_least(f"{key}.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class Run:
+    """The run itself. Durations: plain images, or 10k / 1.5M / 300ep, or N% of run.images where said."""
+
+    folder: str = ""  # where config, logs and checkpoints live; an existing run there is resumed
+    seed: int = 0  # with a position, decides order, crops, masks, mixing
+    images: str = "800ep"  # duration of the run
+    global_batch: int = 4096  # images per update over all ranks
+    micro_batch: int | None = None  # most images one device holds at once; None: the whole share of a rank
+    checkpoint_every: str = "20ep"  # duration between checkpoints; one is always written at the end
+    keep: int = 3  # newest checkpoints kept; the last healthy one is never deleted
+    async_save: bool = True  # write checkpoints beside the training; False waits until each is on disk
+    stall_minutes: float = 20.0  # no step for so long: dump stacks and exit; above the longest evaluation; 0: off
+    log_every: str = "100 steps"  # duration between log lines; N steps is accepted here
+    evaluate_every: str = "1ep"  # duration between evaluations (stages that evaluate)
+    picture_every: str = "5%"  # duration between pictures in TensorBoard; 0: never
+    init: str | None = None  # weights to start from: a run folder, a checkpoint, or a .safetensors/.pth file
+    init_coverage: float = 0.9  # least share of the trunk's weights that init must fill
+
+    def check(self, key: str) -> None:
+        """Ranges."""
+        between(f"{key}.seed", self.seed, 0, 2**63 - 1)
+        positive(f"{key}.global_batch", self.global_batch)
+        positive(f"{key}.keep", self.keep)
+        at_least(f"{key}.stall_minutes", self.stall_minutes, 0.0)
+        if self.micro_batch is not None:
+            positive(f"{key}.micro_batch", self.micro_batch)
+        between(f"{key}.init_coverage", self.init_coverage, 0.0, 1.0)
+
+
+@dataclass
+class Monitor:
+    """What is reported, and where."""
+
+    tensorboard: bool = True  # write event files
+    histograms: bool = False  # weight histograms with each picture
+    peak_tflops: float | None = None  # of one device, for MFU; None: bf16 peak of known GPUs (in fp32 too), else no MFU
+    wait_warning: float = 0.1  # share of time spent waiting for data above which the run says it is loader-bound
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+def positive(key: str, value: float) -> None:
+    """Raise ConfigError unless value > 0."""
+    if not value > 0:
+        raise ConfigError(key, value, "is not positive", "use a number > 0")
+
+
+def at_least(key: str, value: float, least: float) -> None:
+    """Raise ConfigError unless value >= least."""
+    if not value >= least:
+        raise ConfigError(key, value, f"is below {least}", f"use a number >= {least}")
+
+
+def between(key: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(key, value, f"is outside [{low}, {high}]", f"use a number from {low} to {high}")
+
+
+def sections(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The config and every dataclass inside it, each with its dotted key."""
+    yield key, config
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from sections(value, f"{key}.{item.name}" if key else item.name)
+
+
+# ---------------------------------------------------------------------------------------------------- durations
+
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(k|m|ep|%|steps?)?\s*", re.IGNORECASE)
+
+
+def duration(
+    key: str, text: str, *, epoch: int | None = None, total: int | None = None, batch: int | None = None
+) -> int:
+    """Images in a duration: ``12800``, ``500k``, ``10M``, ``300ep``, ``5%`` (of total), ``100 steps``.
+
+    epoch: images in one pass over the data. total: images of the run. batch: global batch. Each is needed only by
+    its own unit. Raises ConfigError for anything else, and for a unit that makes no sense where it stands.
+    """
+    match = _DURATION.fullmatch(str(text))
+    if not match:
+        raise ConfigError(key, text, "is not a duration", "use images (12800, 500k, 10M), epochs (300ep) or 5%")
+    number, unit = float(match[1]), (match[2] or "").lower()
+    scale = {"": 1, "k": 1_000, "m": 1_000_000, "ep": epoch, "%": total and total / 100}.get(unit, batch)
+    if scale is None:
+        raise ConfigError(key, text, f"has no meaning here: the unit {unit!r} is not known yet", "say it in images")
+    return round(number * scale)
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How one global batch is split: world ranks x accumulation micro-batches x micro images."""
+
+    total: int  # images per update over all ranks
+    world: int  # ranks
+    micro: int  # images per rank and forward pass
+    accumulation: int  # forward passes per update
+
+    @classmethod
+    def derive(cls, global_batch: int, world: int, micro_batch: int | None) -> "Batches":
+        """Split a global batch; the micro-batch is the largest divisor of a rank's share within micro_batch."""
+        if global_batch % world:
+            nearest = max(world, round(global_batch / world) * world)
+            raise ConfigError(
+                "run.global_batch",
+                global_batch,
+                f"does not divide by the {world} ranks of this run",
+                f"use a multiple of {world}, e.g. run.global_batch={nearest}, or another number of ranks",
+            )
+        share = global_batch // world
+        most = min(share, micro_batch or share)
+        micro = next(size for size in range(most, 0, -1) if share % size == 0)
+        if micro_batch and micro * 2 <= most:
+            raise ConfigError(
+                "run.micro_batch",
+                micro_batch,
+                f"a rank's share of {share} images has no divisor between {micro + 1} and {micro_batch}, "
+                f"so only {micro} images would run at once",
+                f"choose run.global_batch so that global_batch / {world} is a multiple of {micro_batch}",
+            )
+        return cls(global_batch, world, micro, share // micro)
+
+    def __str__(self) -> str:
+        return f"{self.total} images = {self.world} ranks x {self.accumulation} micro-batches x {self.micro}"
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+def recipe_root() -> Path:
+    """The folder of the recipes that ship with the package."""
+    return Path(str(resources.files("halfseen.configs")))
+
+
+# Bundled files that fill one section, for the ``base:`` of recipes: they are no runs.
+BASES = ("data/", "engine/")
+
+
+def find_recipe(name: str, base: bool = False) -> Path:
+    """A recipe's file: a path, or a bundled name such as ``pretrain/mae_b16`` (with or without .yaml).
+
+    base: it is meant for another recipe's ``base:``, so near names may be of files that are no runs.
+    """
+    for candidate in (Path(name), recipe_root() / name, recipe_root() / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = [recipe for recipe, _ in recipes() if base or not recipe.startswith(BASES)]
+    close = difflib.get_close_matches(name, known, 3)
+    raise ConfigError("recipe", name, "no such file or bundled recipe", f"try {close or known}; see `halfseen recipes`")
+
+
+def recipes() -> list[tuple[str, str]]:
+    """Every bundled recipe as (name, first comment line)."""
+    found = []
+    for path in sorted(recipe_root().rglob("*.yaml")):
+        first = path.read_text().splitlines()[0].lstrip("# ").strip()
+        found.append((path.relative_to(recipe_root()).with_suffix("").as_posix(), first))
+    return found
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The recipe and its bases as plain dictionaries, lowest precedence first."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError("base", str(path), "includes itself", "remove it from one of the base: lists")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError("recipe", str(path), f"is not UTF-8 text: {error}", "name a recipe in UTF-8") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("recipe", str(path), f"is not YAML: {error}", "correct the line named above") from error
+    if not isinstance(content, dict):
+        raise ConfigError("recipe", str(path), "is not a mapping of sections", "start with `model:`, `data:`, ...")
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
+        raise ConfigError("base", bases, f"in {path} is no recipe name", "write base: engine/ddp, a list, or no base:")
+    layers: list[dict[str, Any]] = []
+    for base in bases:
+        here = path.parent / base
+        layers += _read(here if here.is_file() else find_recipe(base, base=True), (*seen, path))
+    return [*layers, content]
+
+
+def stage_of(recipe: Path) -> str:
+    """The stage a recipe or a run's config.yaml is for: its ``stage:``, else a bundled one's folder, else empty."""
+    stated = [layer["stage"] for layer in _read(recipe) if "stage" in layer]
+    folder = recipe.resolve().parent
+    bundled = folder.parent == recipe_root().resolve() and f"{folder.name}/" not in BASES
+    return str(stated[-1]) if stated else folder.name if bundled else ""
+
+
+def _see(schema: type) -> str:
+    """What to do about a name or type the schema does not know."""
+    return f"see `halfseen recipes --fields {getattr(schema, 'stage', 'STAGE')}` for every option"
+
+
+def _is_section(hint: Any) -> bool:
+    """Whether an option's type is a dataclass of more options."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _hint(section: type, name: str, key: str, value: object, fix: str) -> Any:
+    """The type of a section's option; ConfigError if there is no such option."""
+    hints = typing.get_type_hints(section)
+    if name not in hints:
+        close = difflib.get_close_matches(name, hints, 1)
+        near = f". Did you mean: {close[0]!r}?" if close else ""
+        raise ConfigError(key, value, f"there is no option {name!r}{near}", fix)
+    return hints[name]
+
+
+def _options(section: type, values: Any, key: str, fix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every option in nested mappings; ConfigError for names and shapes unknown to the schema.
+
+    ``train: FOLDER`` and ``train: [A, B]`` are accepted where a list of Source is meant.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(key, values, "is a section, not an option", f"name an option of it, {key}.OPTION=...; {fix}")
+    for name, value in values.items():
+        path = f"{key}.{name}" if key else str(name)
+        hint = _hint(section, str(name), path, value, fix)
+        if _is_section(hint):
+            yield from _options(hint, {} if value is None else value, path, fix)
+        elif hint == list[Source] and value is not None:
+            entries = value if isinstance(value, list) else [value]
+            entries = [entry if isinstance(entry, dict) else {"shards": str(entry)} for entry in entries]
+            for number, entry in enumerate(entries):
+                list(_options(Source, entry, f"{path}[{number}]", fix))
+            yield path, entries
+        else:
+            yield path, value
+
+
+def _override(schema: type, override: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of what ``key.sub=text`` sets, the text read as the option's type asks."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError("override", override, "is not key=value", "write e.g. optim.base_lr=1e-4, without spaces")
+    hint: Any = schema
+    names = key.split(".")
+    for number, name in enumerate(names):
+        if not _is_section(hint):
+            whole = ".".join(names[:number])
+            reason, example = f"{whole} has no options inside", f"{whole}=VALUE"
+            if hint == list[Source]:
+                reason, example = "one entry of a list cannot be set alone", f"{whole}='[{{shards: A, weight: 9}}, B]'"
+            raise ConfigError(key, text, reason, f"give the whole of it, {example}; {_see(schema)}")
+        hint = _hint(hint, name, key, text, _see(schema))
+    nested = _typed(hint, key, text)
+    for name in reversed(names):
+        nested = {name: nested}
+    yield from _options(schema, nested, "", _see(schema))
+
+
+def _typed(hint: Any, key: str, text: str) -> Any:
+    """The value an override's text stands for: plain options keep the text, the others are YAML."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if text == "null":
+            return None
+        hint = next(choice for choice in typing.get_args(hint) if choice is not types.NoneType)
+    if hint in (str, int, float, bool) or all(isinstance(choice, str) for choice in _choices(hint)):
+        return text
+    loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader
+    if hint == list[Source]:
+        # A list or a mapping; anything else is one name, and so may begin with a brace or hold a colon.
+        if not re.fullmatch(r"\[.*\]|\{\s*(shards|weight)\s*:.*\}", text, re.DOTALL):
+            return text
+        loader = yaml.BaseLoader  # a shard named 1e3 or yes stays text
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(key, text, f"is not YAML: {problem}", f"close brackets and quotes: {key}='[A, B]'") from error
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a Literal; (None,) for other types."""
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else (None,)
+
+
+def load(schema: type[Config], recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Build a checked config.
+
+    recipe: path or bundled name; None starts from the defaults. overrides: ``key.sub=value`` strings.
+    Raises ConfigError with the key, the value and the fix.
+    """
+    layers = _read(find_recipe(str(recipe))) if recipe else []
+    options = [option for layer in layers for option in _options(schema, layer, "", _see(schema))]
+    options += [option for override in overrides for option in _override(schema, override)]
+    merged = OmegaConf.structured(schema)
+    given: dict[str, Any] = {}
+    key = ""
+    try:
+        for key, value in options:
+            given[key] = value
+            if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+                value = [OmegaConf.merge(Source, entry) for entry in value]
+            OmegaConf.update(merged, key, value, merge=False)
+        key = ""
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = key or str(getattr(error, "full_key", None) or "config")
+        reason = str(error.msg or error).strip().splitlines()[0]
+        value = given.get(key, "")
+        reason = reason.replace("$VALUE_TYPE", type(value).__name__).replace("$VALUE", str(value))
+        raise ConfigError(key, value, reason, _see(schema)) from error
+    for section_key, section in sections(config):
+        if hasattr(section, "check"):
+            section.check(section_key)
+    return typing.cast(Config, config)
+
+
+def to_yaml(config: Any) -> str:
+    """The whole config as YAML that ``load`` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changes(config: Any) -> dict[str, Any]:
+    """Dotted key -> value for every option that differs from its default."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    default = OmegaConf.to_container(OmegaConf.structured(type(config)))
+
+    def walk(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any]]:
+        for name, value in a.items():
+            path = f"{key}.{name}" if key else name
+            if isinstance(value, dict) and isinstance(b.get(name), dict):
+                yield from walk(value, b[name], path)
+            elif value != b.get(name):
+                yield path, value
+
+    return dict(walk(plain, default, ""))

@@ -1,0 +1,444 @@
+"""The training step, written once: what all engines share, and the few hooks in which they differ."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from halfseen import config, optim
+from halfseen.config import ConfigError
+from halfseen.data.hashing import mix, purpose
+from halfseen.distributed import World
+from halfseen.models.norm import synchronise
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dynamic loss scale for fp16: start, factor after an overflow, factor after so many good updates.
+SCALE, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
+
+
+class Engine:
+    """A student prepared for training: sharded, run and updated.
+
+    The order of preparation is fixed: freeze (the caller does) -> recompute -> compile -> shard -> optimizer.
+    Freezing later would leave gradients nobody owns; compiling must see the recomputation; sharding must see
+    compiled blocks; the optimizer must own what sharding made of the weights.
+
+    Weights are fp32; autocast surrounds the forward only. Dropout and drop path draw from (seed, position,
+    rank). A subclass overrides hooks, and no more than it needs: in preparation ``place``,
+    ``make_optimizer``, ``adopt`` and ``make_moments``; in the step ``forward``, ``accumulating``,
+    ``backward``, ``gradients``, ``over_shards``, ``update`` and ``clear``; elsewhere ``infer``, and for
+    what it shards in its own way ``masters``, ``published``, ``weight``, ``moments``, ``mean`` and
+    ``take``.
+    """
+
+    name = "base"
+
+    def __init__(
+        self,
+        cfg: config.Engine,
+        student: nn.Module,
+        optim_cfg: config.Optim,
+        groups: list[optim.Group],
+        world: World,
+        seed: int,
+    ) -> None:
+        self.cfg, self.optim_cfg, self.world, self.seed = cfg, optim_cfg, world, seed
+        refuse_precision(cfg.precision, world.device)
+        self.student = synchronise_batch_norm(student, world).train()
+        self.aliases = aliases(self.student)
+        # Names are taken before anything is wrapped, so they never carry a wrapper's prefix.
+        saved = self.student.state_dict(keep_vars=True).keys()
+        self._buffers = [name for name, _ in self.student.named_buffers() if name in saved]
+        for block in blocks_of(self.student):
+            if cfg.recompute:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            if cfg.compile:
+                block.compile()
+        self._batch_norms = [module for module in self.student.modules() if isinstance(module, _BatchNorm)]
+        self.module = self.place(self.student)
+        self.parameters: dict[str, nn.Parameter] = dict(self.student.named_parameters())
+        self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self._refuse_other_groups(groups)
+        self.optimizer = self.make_optimizer(groups)
+        # torch's AdamW can skip an update on the device only when fused; halfseen's optimizers always can.
+        fused = all(group.get("fused", True) for group in self.optimizer.param_groups)
+        self.skips_on_device = fused or hasattr(type(self.optimizer), "found_inf")
+        self.files: dict[str, str] = {}  # name -> text of files that belong into the run folder
+        self.module = self.adopt(self.module)
+        self.make_moments()
+        self.average = {name: p.detach().clone() for name, p in self.masters().items()} if cfg.ema else {}
+        device = world.device
+        self.scale = torch.tensor(SCALE if cfg.precision == "fp16" else 1.0, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        self._skips = torch.zeros(2, dtype=torch.int64, device=device)  # count, position of the first
+        self.first_skipped: int | None = None  # position of the first update that the last ``skipped`` counted
+        self._swapped = False
+
+    # ------------------------------------------------------------------------------------------ hooks
+
+    def place(self, student: nn.Module) -> nn.Module:
+        """Move the student to the device and wrap it; returns the root to call."""
+        raise NotImplementedError
+
+    def make_optimizer(self, groups: list[optim.Group]) -> torch.optim.Optimizer:
+        """The optimizer of what trains."""
+        return optim.build(self.optim_cfg, groups, self.trained)
+
+    def adopt(self, module: nn.Module) -> nn.Module:
+        """Wrap what has to know the optimizer too; returns the root to call."""
+        return module
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The student's scalars for one micro-batch."""
+        with self.autocast():
+            return self.module(batch)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around one micro-batch: gradients are exchanged between ranks in the last one only."""
+        return nullcontext()
+
+    def infer(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The student's answer to a batch, as ``predict`` needs it."""
+        return self.module(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of this micro-batch's share of the loss."""
+        loss.backward()
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's part of the averaged gradient; what ``update`` scales in place."""
+        return [local_part(p.grad) for p in self.trained.values() if p.grad is not None]
+
+    def over_shards(self, total: Tensor) -> Tensor:
+        """Sum a scalar over ranks that hold different parts of the gradients."""
+        return total
+
+    def update(self, gradients: list[Tensor], factor: Tensor | None, found: Tensor) -> None:
+        """Scale the gradients and update weights and moments, unless found holds 1."""
+        if factor is not None:
+            torch._foreach_mul_(gradients, factor)
+        if self.skips_on_device:
+            self.optimizer.found_inf = found  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(found):  # waits for the device: only an optimizer without found_inf needs that
+            self.optimizer.step()
+
+    def clear(self) -> None:
+        """Drop the gradients after an update."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def masters(self) -> Mapping[str, Tensor]:
+        """The fp32 weights that the optimizer updates, as this rank holds them; averages follow these."""
+        return self.trained
+
+    def published(self) -> None:
+        """The masters were changed by other means than an update: the student must see them."""
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter of the student, for ``state``. Collective where sharded."""
+        return self.parameters[name].detach()
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The optimizer's state of a trained parameter by slot."""
+        return self.optimizer.state[self.trained[name]]
+
+    def mean(self, name: str) -> Tensor:
+        """The average of a trained parameter."""
+        return self.average[name]
+
+    def take(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+        """Take over a state whose keys are those of ``own``, which is this engine's."""
+        for key, value in own.items():
+            value.copy_(as_sharded(given[key], value))
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def step(self, micro_batches: list[dict[str, Any]], rate: float, position: int) -> dict[str, Tensor]:
+        """One update from micro-batches of equal size. Collective.
+
+        rate: the schedule's; each group multiplies it by its own scale. position: images consumed before this
+        step. Returns the mean over micro-batches and ranks of every scalar of the student, and ``grad_norm``
+        (of the whole gradient, before clipping), as fp32 scalars on the device; nothing here waits for the
+        device. A loss or gradient that is not finite on any rank leaves weights, moments, averages and
+        BatchNorm's statistics as they were, on every rank.
+        """
+        self._refuse_changes()
+        torch.manual_seed(mix(self.seed, purpose("dropout"), position, self.world.rank))
+        optim.set_rate(self.optimizer, rate)
+        statistics = [(buffer, buffer.clone()) for norm in self._batch_norms for buffer in norm.buffers(False)]
+        names, local = self._accumulate(micro_batches)
+        with torch.no_grad():
+            gradients = self.gradients()
+            norm = self._norm(gradients) / self.scale
+            values, bad_loss, found = self._agree(names, local, norm)
+            self.update(gradients, self._factor(norm), found)
+            self._average(found)
+            for buffer, before in statistics:
+                buffer.copy_(torch.where(found > 0, before, buffer))
+            self._count(found, bad_loss, position)
+        self.clear()
+        return values | {"grad_norm": norm}
+
+    def _accumulate(self, micro_batches: list[dict[str, Any]]) -> tuple[list[str], Tensor]:
+        """Forward and backward of each micro-batch: the scalars' names, and their mean here, fp32 [names]."""
+        count = len(micro_batches)
+        names: list[str] = []
+        total: Tensor | None = None
+        for index, batch in enumerate(micro_batches):
+            with self.accumulating(last=index == count - 1):
+                scalars = self.forward(batch)
+                loss = scalars["loss"].float()
+                self.backward((loss * self.scale if self.cfg.precision == "fp16" else loss) / count)
+            names = list(scalars)
+            values = torch.stack([scalars[name].detach().float() for name in names])
+            total = values if total is None else total + values
+        if total is None:
+            raise ValueError("a step needs at least one micro-batch")
+        return names, total / count
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Norm of the whole gradient over all ranks, fp32."""
+        if not gradients:
+            raise RuntimeError("no parameter received a gradient: the loss does not depend on what trains")
+        norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+        return self.over_shards(norms.square().sum()).sqrt()
+
+    def _agree(self, names: list[str], local: Tensor, norm: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Scalars averaged over ranks, whether the loss is bad, and 1.0 where the update must be skipped.
+
+        One collective carries both, so every rank decides from the same numbers.
+        """
+        message = torch.cat([local, (~norm.isfinite()).float()[None]])
+        message = self.world.sum(message) / self.world.world if self.world.world > 1 else message
+        values = dict(zip(names, message.unbind()))
+        bad_loss = ~values["loss"].isfinite()
+        return values, bad_loss, (bad_loss | ~(message[-1] == 0)).float()
+
+    def _factor(self, norm: Tensor) -> Tensor | None:
+        """What gradients are multiplied by: clipping and the inverse loss scale, in one pass."""
+        clip = self.optim_cfg.clip
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None
+        if self.cfg.precision != "fp16":
+            return factor
+        return (factor if factor is not None else 1.0) / self.scale
+
+    def _average(self, found: Tensor) -> None:
+        if not self.average:
+            return
+        weight = (1.0 - self.cfg.ema) * (1.0 - found)
+        averages = [local_part(average) for average in self.average.values()]
+        current = [local_part(master) for master in self.masters().values()]
+        torch._foreach_lerp_(averages, current, [weight] * len(averages))
+
+    def _count(self, found: Tensor, bad_loss: Tensor, position: int) -> None:
+        """Count a skipped update, and adapt the loss scale.
+
+        Under fp16 an overflow with a finite loss is how the scale is found, and counts only when the scale
+        has nowhere left to go.
+        """
+        counted = found > 0
+        if self.cfg.precision == "fp16":
+            counted = counted & (bad_loss | (self.scale < 1.0))
+            torch._amp_update_scale_(self.scale, self.growth, found, GROWTH, BACKOFF, INTERVAL)
+        first = counted & (self._skips[0] == 0)
+        self._skips[1] = torch.where(first, position, self._skips[1])
+        self._skips[0] += counted
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Surrounds a forward; weights stay fp32."""
+        dtype = AUTOCAST.get(self.cfg.precision)
+        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
+
+    # ------------------------------------------------------------------------------------------ questions
+
+    def skipped(self) -> int:
+        """Updates skipped since the last call, the same on every rank; waits for the device."""
+        count, first = self._skips.tolist()
+        self._skips.zero_()
+        self.first_skipped = first if count else None
+        return count
+
+    def hyperparameters(self) -> dict[str, float]:
+        """What a monitor shows beside the scalars: current rate, strongest decay, decay of the averages."""
+        groups = self.optimizer.param_groups
+        shown = {
+            "lr": max(group["lr"] / group["lr_scale"] for group in groups if group["lr_scale"]),
+            "weight_decay": max(group["weight_decay"] for group in groups),
+        }
+        return shown | ({"ema_decay": self.cfg.ema} if self.cfg.ema else {})
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The student's answer to ``batch | {"task": "predict"}``, in eval mode. Collective when sharded."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with self.autocast():
+                return self.infer(batch | {"task": "predict"})
+        finally:
+            self.module.train(training)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are the averaged ones (the plain ones when engine.ema=0 keeps none)."""
+        self._swap()
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._swap()
+            self._swapped = False
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # Tensor by tensor, so that the extra memory is one tensor and not a second student.
+        masters = self.masters()
+        for name, average in self.average.items():
+            here, there = local_part(masters[name]), local_part(average)
+            kept = here.clone()
+            here.copy_(there)
+            there.copy_(kept)
+        self.published()
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a run continues from, as live tensors (DTensors where sharded).
+
+        Keys: model.NAME, buffer.NAME, optim.NAME.SLOT, ema.NAME, scaler.scale, scaler.growth.
+        """
+        if self._swapped:
+            raise RuntimeError("state() inside averaged(): the weights are not the ones being trained")
+        state: dict[str, Tensor] = {}
+        for name in self.parameters:
+            state[f"model.{name}"] = self.weight(name)
+        for name, buffer in self._kept_buffers():
+            state[f"buffer.{name}"] = buffer
+        for name in self.trained:
+            for slot, value in self.moments(name).items():
+                state[f"optim.{name}.{slot}"] = value
+        for name in self.trained if self.average else ():
+            state[f"ema.{name}"] = self.mean(name)
+        return state | {"scaler.scale": self.scale, "scaler.growth": self.growth}
+
+    @torch.no_grad()
+    def load_state(self, given: dict[str, Tensor]) -> None:
+        """Take over a state of any engine: the same keys, tensors whole or sharded as here."""
+        own = self.state()
+        if own.keys() != given.keys():
+            missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+            raise ValueError(f"another student's state: missing {missing[:3]}, without a place {extra[:3]}")
+        self.take(own, given)
+
+    def weights(self, ema: bool = False) -> dict[str, Tensor]:
+        """Whole fp32 weights and saved buffers on the CPU by name; empty on ranks other than 0. Collective.
+
+        ema: averaged weights where they are kept, which is for all that trains.
+        """
+        if ema and not self.average:
+            raise ConfigError(
+                "engine.ema", 0.0, "this run keeps no averaged weights", "train with e.g. engine.ema=0.9999"
+            )
+        found: dict[str, Tensor] = {}
+        buffers = dict(self._kept_buffers())
+        for name in (*self.parameters, *buffers):
+            averaged = ema and name in self.trained
+            tensor = buffers[name] if name in buffers else self.mean(name) if averaged else self.weight(name)
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.world.main:
+                whole = whole.float() if whole.is_floating_point() else whole
+                found[name] = whole.cpu().clone() if whole.device.type == "cpu" else whole.cpu()
+        return found
+
+    def _kept_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        buffers = dict(self.student.named_buffers())
+        return ((name, buffers[name]) for name in self._buffers)
+
+    def make_moments(self) -> None:
+        """Make the optimizer's state by an update that changes nothing, so that one can be loaded."""
+        for parameter in self.trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
+        if not self.skips_on_device:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]  # rates are 0 before the first step
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for slots in self.optimizer.state.values():
+            for value in slots.values():
+                value.zero_()
+
+    # ------------------------------------------------------------------------------------------ refusals
+
+    def _refuse_other_groups(self, groups: list[optim.Group]) -> None:
+        grouped = [name for group in groups for name in group.names]
+        odd = sorted(set(grouped) ^ self.trained.keys()) or sorted({n for n in grouped if grouped.count(n) > 1})
+        if odd:
+            raise ValueError(f"parameter groups and trainable parameters differ: {odd[:3]}; freeze before grouping")
+
+    def _refuse_changes(self) -> None:
+        if self._swapped:
+            raise RuntimeError("step() inside averaged(): the weights are not the ones being trained")
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad != (name in self.trained):
+                raise RuntimeError(
+                    f"requires_grad of {name} changed after the engine was made: freeze before "
+                    "engines.create, or make a new engine"
+                )
+
+
+def blocks_of(student: nn.Module) -> list[nn.Module]:
+    """The student's structural hint: units to shard, recompute and compile, each once."""
+    return list(dict.fromkeys(cast(Any, student).blocks()))
+
+
+def aliases(student: nn.Module) -> dict[str, str]:
+    """Other names of tied parameters and buffers -> the first name, which is the one that is saved."""
+    found: dict[str, str] = {}
+    for listed in (student.named_parameters, student.named_buffers):
+        first = {id(tensor): name for name, tensor in listed()}
+        every = ((name, first[id(tensor)]) for name, tensor in listed(remove_duplicate=False))
+        found |= {name: canonical for name, canonical in every if name != canonical}
+    return found
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself. Without gradients."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():  # here to_local is a mere attribute; detaching a DTensor costs a dispatch
+        return tensor.to_local()
+
+
+def as_sharded(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut as ``like`` is, without communication."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def refuse_precision(precision: str, device: torch.device) -> None:
+    """Raise ConfigError for a type the device does not compute in."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError("engine.precision", precision, f"{name} has no bf16", "use engine.precision=fp16 or fp32")
+
+
+def synchronise_batch_norm(student: nn.Module, world: World) -> nn.Module:
+    """BatchNorm statistics over all ranks; refused on several CPU ranks, for which torch has none."""
+    if world.world == 1 or not any(isinstance(module, _BatchNorm) for module in student.modules()):
+        return student
+    if world.device.type != "cuda":
+        raise ConfigError(
+            "model.stem_norm",
+            "batch",
+            "BatchNorm cannot be synchronised between CPU ranks, so the curve would depend on their number",
+            "use model.stem_norm=layer, one rank, or GPUs",
+        )
+    return synchronise(student)

@@ -1,0 +1,196 @@
+"""FairScale: moments sharded over ranks by whole parameters (OSS), under DDP or under its own ShardedDDP.
+
+FairScale is no longer developed; what it still does right is kept here, what it does wrong without a word is guarded.
+Its FullyShardedDataParallel is refused: engine.name=fsdp does the same, on CPUs too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from halfseen import config, optim
+from halfseen.config import ConfigError
+from halfseen.distributed import World, one_process_group
+
+from .ddp import Replicated
+
+
+class FairScale(Replicated):
+    """OSS: every rank holds all weights, and the moments of the parameters it owns.
+
+    engine.fairscale=oss: torch's DDP averages gradients on every rank. engine.fairscale=sharded: ShardedDDP reduces
+    each gradient to its owner only.
+    """
+
+    name = "fairscale"
+
+    def __init__(
+        self,
+        cfg: config.Engine,
+        student: nn.Module,
+        optim_cfg: config.Optim,
+        groups: list[optim.Group],
+        world: World,
+        seed: int,
+    ) -> None:
+        refuse(cfg, optim_cfg, world)
+        self.sharded = cfg.fairscale == "sharded"
+        super().__init__(cfg, student, optim_cfg, groups, world, seed)
+
+    # ------------------------------------------------------------------------------------------ preparation
+
+    def place(self, student: nn.Module) -> nn.Module:
+        """DDP around the student; under ShardedDDP only the move, since that one needs the optimizer."""
+        one_process_group(self.world)
+        self._mesh = init_device_mesh(self.world.device.type, (self.world.world,), mesh_dim_names=("shard",))
+        return student.to(self.world.device) if self.sharded else super().place(student)
+
+    def make_optimizer(self, groups: list[optim.Group]) -> torch.optim.Optimizer:
+        """Our optimizer's class and options, dealt out by OSS."""
+        try:
+            from fairscale.optim.oss import OSS
+        except ImportError as error:
+            raise ConfigError(
+                "engine.name",
+                "fairscale",
+                f"the package is not usable here: {error}",
+                "pip install fairscale, or use engine.name=deepspeed engine.zero_stage=1",
+            ) from error
+        plain = super().make_optimizer(groups)
+        listed = [dict(group) for group in plain.param_groups]
+        options = {key: value for key, value in plain.defaults.items() if key in _arguments(type(plain))}
+        if isinstance(plain, optim.LAMB):
+            options["max_norm"] = plain.max_norm
+        if isinstance(plain, optim.LARS):
+            options["trust"] = plain.trust
+        sharded = OSS(listed, optim=type(plain), **options)
+        owned = sharded.partition_parameters()
+        self._owner = {id(p): rank for rank, part in enumerate(owned) for group in part for p in group["params"]}
+        return sharded
+
+    def adopt(self, module: nn.Module) -> nn.Module:
+        """ShardedDDP, where asked for."""
+        if not self.sharded:
+            return module
+        from fairscale.nn.data_parallel import ShardedDataParallel
+
+        # The default buckets, never reduce_buffer_size=0: without them recomputed shared blocks come out wrong.
+        return ShardedDataParallel(module, self.optimizer, broadcast_buffers=False, auto_refresh_trainable=False)
+
+    def make_moments(self) -> None:
+        """Moments of what this rank owns, by an update of its part that changes nothing."""
+        whole, self.optimizer = self.optimizer, self._inner()
+        self._part = {name: p for name, p in self.trained.items() if self._owner[id(p)] == self.world.rank}
+        every, self.trained = self.trained, self._part
+        super().make_moments()
+        self.optimizer, self.trained = whole, every
+
+    def _inner(self) -> Any:
+        return self.optimizer.optim  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """no_sync in all micro-batches but the last: ShardedDDP would otherwise count gradients twice, silently."""
+        with super().accumulating(last):
+            yield
+
+    def gradients(self) -> list[Tensor]:
+        """Every gradient under DDP; those that this rank owns under ShardedDDP, where others are not averaged."""
+        if not self.sharded:
+            return super().gradients()
+        own = [p.grad.detach() for p in self._part.values() if p.grad is not None]
+        return own or [torch.zeros((), device=self.world.device)]
+
+    def over_shards(self, total: Tensor) -> Tensor:
+        """Sum over owners under ShardedDDP."""
+        return self.world.sum(total) if self.sharded else total
+
+    def update(self, gradients: list[Tensor], factor: Tensor | None, found: Tensor) -> None:
+        """Scale gradients, update what this rank owns, and broadcast it."""
+        if factor is not None:
+            torch._foreach_mul_(gradients, factor)
+        if self.skips_on_device:
+            self._inner().found_inf = found
+            self.optimizer.step()
+        elif not bool(found):
+            self.optimizer.step()
+
+    def clear(self) -> None:
+        """ShardedDDP's gradients are views of its buckets and must stay, zeroed.
+
+        An ordinary zero_grad sets them to None; from then on buckets and gradients are different memory, and every
+        later step is wrong without a word.
+        """
+        if self.sharded:
+            self.module.zero_grad()
+        else:
+            super().clear()
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The owner's moments, cut along their first axis so that a state costs each rank its share. Collective."""
+        parameter = self.trained[name]
+        owner = self._owner[id(parameter)]
+        mine = self._inner().state[parameter] if owner == self.world.rank else {}
+        device = self.world.device
+        found = {}
+        for slot in self._slots():
+            empty = torch.zeros((), device=device) if slot == "step" else torch.zeros_like(parameter)
+            whole = mine[slot].detach().clone() if mine else empty.detach()
+            dist.broadcast(whole, owner)
+            found[slot] = (
+                whole
+                if not whole.ndim
+                else distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None).clone()
+            )
+        return found
+
+    def _slots(self) -> tuple[str, ...]:
+        return getattr(self._inner(), "slots", ("step", "exp_avg", "exp_avg_sq"))
+
+    @torch.no_grad()
+    def take(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+        """Moments go to their owners, everything else to every rank. Collective."""
+        for key, value in own.items():
+            if not key.startswith("optim."):
+                value.copy_(given[key])
+                continue
+            name, slot = key.removeprefix("optim.").rsplit(".", 1)
+            whole = given[key]
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if name in self._part:
+                self._inner().state[self.trained[name]][slot].copy_(whole)
+
+
+def _arguments(kind: type[torch.optim.Optimizer]) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(kind).parameters)
+
+
+def refuse(cfg: config.Engine, optim_cfg: config.Optim, world: World) -> None:
+    """Raise ConfigError for what FairScale cannot do, before anything is changed."""
+    if optim_cfg.name == "lamb" and optim_cfg.clip is None:
+        raise ConfigError(
+            "optim.name",
+            "lamb",
+            "clips by the norm of the whole gradient, of which each rank's optimizer sees a part",
+            "set optim.clip=1.0 (the engine clips by the whole norm), or use engine.name=ddp or fsdp",
+        )
+    if cfg.shard_size:
+        raise ConfigError(
+            "engine.shard_size",
+            cfg.shard_size,
+            "groups of ranks are fsdp's",
+            "use engine.name=fsdp, or engine.shard_size=0",
+        )

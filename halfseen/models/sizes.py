@@ -1,0 +1,54 @@
+"""The registry of trunk sizes, and how a config's overrides become one size."""
+
+from dataclasses import dataclass, replace
+
+from halfseen.config import ConfigError, Model
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width D, depth L (blocks applied), heads H, patch side P, hidden width of the MLP over D."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int = 16
+    mlp_ratio: float = 4.0
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return round(self.width * self.mlp_ratio)
+
+
+SIZES: dict[str, Size] = {
+    "ti": Size(192, 12, 3),
+    "s": Size(384, 12, 6),
+    "b": Size(768, 12, 12),
+    "l": Size(1024, 24, 16),
+    "h": Size(1280, 32, 16, patch=14),
+    "g": Size(1408, 40, 16, patch=14, mlp_ratio=6144 / 1408),
+}
+
+
+def resolve(model: Model) -> Size:
+    """The size a config asks for: the named one with its overrides. ConfigError if it cannot be built."""
+    names = ("width", "depth", "heads", "patch", "mlp_ratio")
+    overrides = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    size = replace(SIZES[model.size], **overrides)
+    if size.width % size.heads:
+        legal = [heads for heads in range(1, size.width + 1) if size.width % heads == 0 and size.width // heads >= 16]
+        raise ConfigError(
+            "model.heads",
+            size.heads,
+            f"does not divide the width {size.width}",
+            f"use one of {legal[:12]}, or another model.width",
+        )
+    if size.depth % model.share:
+        raise ConfigError(
+            "model.share",
+            model.share,
+            f"does not divide the depth {size.depth}",
+            "use a divisor of model.depth",
+        )
+    return size

@@ -1,0 +1,140 @@
+"""The watchdog: a run that stands still says where, and ends, so that a scheduler can start it again."""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from halfseen.distributed import World
+
+# Exit code of a run that stood still: what timeout(1) gives for a command that ran out of time.
+STALLED = 124
+
+LOOK = 10.0  # most seconds between two looks, and between two heartbeats on disk
+GRACE = 3.0  # seconds rank 0 leaves the others for their last heartbeat before it names the late one
+
+
+class Watchdog:
+    """Watches this rank from a thread; ``beat`` says that it lives, and in which phase of which step.
+
+    RUN/heartbeat/rank_N.json holds each rank's last beat. When none came for ``minutes``, the rank writes every
+    thread's stack to stderr and RUN/stall_rank_N.txt, rank 0 names the rank that is behind the others, and the
+    process exits with code 124, every rank within 30 seconds of the first. minutes 0: off.
+    """
+
+    def __init__(self, folder: Path, minutes: float, world: World) -> None:
+        self.folder, self.seconds, self.world = folder, 60.0 * minutes, world
+        self.pause = min(LOOK, self.seconds / 4)
+        self.phase, self.position = "start", 0
+        self.beats = 0  # ranks beat alike, so the one with the fewest beats is the one the others wait for
+        self.last = time.monotonic()
+        self.stop = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def beat(self, phase: str, position: int) -> None:
+        """This rank begins a phase (data, agree, step, log, evaluate, picture, save). Costs nothing."""
+        self.phase, self.position = phase, position
+        self.beats += 1
+        self.last = time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds > 0:
+            if self.world.main:
+                for told in self.folder.glob("stall_rank_*.txt"):
+                    told.unlink(missing_ok=True)  # of an earlier start
+            self.last = time.monotonic()
+            self._write()
+            self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop.set()
+        if self.thread is not None:
+            self.thread.join()
+
+    def _watch(self) -> None:
+        pause = self.pause
+        looked = time.monotonic()
+        while not self.stop.wait(pause):
+            now = time.monotonic()
+            if now - looked > pause + self.seconds / 2:
+                self.last = now  # the whole process was stopped (a laptop's lid, a debugger): begin anew
+            looked = now
+            self._write()
+            # Rank 0 joins the first to notice: a rank that has left breaks the others' messages, with its own error.
+            joins = self.world.main and any(self.folder.glob("stall_rank_*.txt"))
+            if joins or now - self.last > self.seconds:
+                self._bark(now - self.last)
+
+    def _write(self) -> None:
+        """Put the heartbeat on disk. A disk that fails is for the checkpoints to tell, not for the watchdog."""
+        path = self.folder / "heartbeat" / f"rank_{self.world.rank}.json"
+        content = {
+            "rank": self.world.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": self.phase,
+            "position": self.position,
+            "beats": self.beats,
+            "seconds_ago": round(time.monotonic() - self.last, 1),
+            "written": time.time(),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(content) + "\n")
+            os.replace(partial, path)
+        except OSError as error:
+            print(f"heartbeat {path} was not written: {error}", file=sys.stderr, flush=True)
+
+    def _bark(self, silent: float) -> None:
+        """Tell and end. Nothing in here may wait for another thread of this process, or for another rank."""
+        rank = self.world.rank
+        print(f"rank {rank} stands still: {silent:.0f} s in phase {self.phase!r} at {self.position:,}", file=sys.stderr)
+        sys.stderr.flush()
+        try:
+            with (self.folder / f"stall_rank_{rank}.txt").open("w") as file:
+                file.write(f"phase {self.phase}, position {self.position}, {silent:.0f} s without a heartbeat\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+        except (OSError, ValueError) as error:
+            print(f"the stacks were not written: {error}", file=sys.stderr, flush=True)
+        if self.world.main:
+            time.sleep(GRACE)
+            print(verdict(self.folder / "heartbeat", self.world.world), file=sys.stderr, flush=True)
+        else:
+            time.sleep(self.pause + 2 * GRACE)  # rank 0 has noticed and spoken by then
+        os._exit(STALLED)
+
+
+def verdict(folder: Path, world: int) -> str:
+    """Who the others wait for, from the heartbeats on disk."""
+    beats: dict[int, dict[str, Any]] = {}
+    missing = []
+    for rank in range(world):
+        try:
+            beats[rank] = json.loads((folder / f"rank_{rank}.json").read_text())
+        except (OSError, ValueError):
+            missing.append(rank)
+    if missing:
+        return f"stalled: no heartbeat at all from ranks {missing}"
+    fewest = min(beat["beats"] for beat in beats.values())
+    late = [beat for beat in beats.values() if beat["beats"] == fewest]
+    where = "; ".join(
+        f"rank {beat['rank']} ({beat['host']}, process {beat['pid']}) in phase {beat['phase']!r} "
+        f"at {beat['position']:,}"
+        for beat in late[:8]
+    )
+    if len(late) == world:
+        return f"stalled: all ranks are equally far: {where}; see stall_rank_*.txt"
+    return f"stalled: late is {where}; the others wait for it; see stall_rank_*.txt"

@@ -1,0 +1,1 @@
+"""Start any stage on Slurm or here."""

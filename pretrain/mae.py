@@ -1,0 +1,151 @@
+"""Masked autoencoder (He et al., 2021): encode visible patches, decode hidden ones, compare pixels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfseen.config import ConfigError, positive
+from halfseen.data.masks import split
+from halfseen.models import ViT
+from halfseen.models.block import Block
+from halfseen.models.positions import sincos
+from halfseen.models.vit import block_flops, initialise
+
+
+@dataclass
+class MAEConfig:
+    """Masked autoencoding. The decoder is thrown away after pretraining, but kept in every checkpoint."""
+
+    decoder_width: int = 512  # channels of the decoder
+    decoder_depth: int = 8  # blocks of the decoder
+    decoder_heads: int = 16  # attention heads of the decoder
+    decoder_mlp_ratio: float = 4.0  # hidden width of the decoder's MLPs over decoder_width
+    mask_ratio: float = 0.75  # share of patches hidden; int(N * (1 - ratio)) stay visible
+    norm_pix: bool = True  # predict each patch's pixels relative to its own mean and deviation
+
+    @property
+    def decoder_hidden(self) -> int:
+        """Hidden width of the decoder's MLPs."""
+        return round(self.decoder_width * self.decoder_mlp_ratio)
+
+    def check(self, key: str) -> None:
+        """Ranges."""
+        for name in ("decoder_width", "decoder_depth", "decoder_heads", "decoder_mlp_ratio"):
+            positive(f"{key}.{name}", getattr(self, name))
+        if self.decoder_width % self.decoder_heads:
+            raise ConfigError(
+                f"{key}.decoder_heads",
+                self.decoder_heads,
+                f"does not divide decoder_width={self.decoder_width}",
+                "use a divisor, e.g. one head per 32 channels",
+            )
+        if self.decoder_width % 4:
+            raise ConfigError(
+                f"{key}.decoder_width",
+                self.decoder_width,
+                "its sine-cosine table needs a multiple of 4",
+                "e.g. 512",
+            )
+        if not 0 < self.mask_ratio < 1:
+            raise ConfigError(f"{key}.mask_ratio", self.mask_ratio, "is not between 0 and 1", "e.g. 0.75")
+
+
+class Decoder(nn.Module):
+    """The parts of MAE's decoder; MAE.forward says how they are used."""
+
+    def __init__(self, encoder: ViT, cfg: MAEConfig) -> None:
+        super().__init__()
+        width, hidden, eps = cfg.decoder_width, cfg.decoder_hidden, encoder.cfg.norm_eps
+        table = sincos(width, encoder.grid, encoder.prefix)
+        self.embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, cfg.decoder_heads, hidden, eps=eps) for _ in range(cfg.decoder_depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.pred = nn.Linear(width, encoder.patch**2 * 3)
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+class MAE(nn.Module):
+    """The student: a trunk, a decoder and their loss.
+
+    forward takes image float [B, 3, S, S], mask bool [B, N] with exactly ``hidden`` True per row, and target
+    float [B, N, P*P*3], and returns {"loss"}: the mean over hidden patches of each one's mean squared error.
+    With task="predict" no target is needed, and it returns {"prediction": [B, N, P*P*3],
+    "latent": [B, prefix + visible, D]}, latent tokens in ascending order.
+    """
+
+    def __init__(self, encoder: ViT, cfg: MAEConfig) -> None:
+        super().__init__()
+        encoder.check_visible_only()
+        self.patch = encoder.patch
+        self.visible = int(encoder.tokens * (1 - cfg.mask_ratio))
+        self.hidden = encoder.tokens - self.visible
+        if not self.visible:
+            reason = f"leaves none of {encoder.tokens} patches visible"
+            raise ConfigError("objective.mae.mask_ratio", cfg.mask_ratio, reason, "use a smaller ratio")
+        self.cfg = cfg
+        self.encoder = encoder
+        self.decoder = Decoder(encoder, cfg)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See the class."""
+        visible, hidden = split(batch["mask"], self.visible)
+        latent = self.encoder(batch["image"], index=visible)
+        if batch.get("task") == "predict":
+            tokens = self._decode(latent, visible, hidden, last=None)[:, self.encoder.prefix :]
+            prediction = self.decoder.pred(self.decoder.norm(tokens))
+            # The decoder saw visible patches first: put every token back where it belongs.
+            order = torch.cat([visible, hidden], dim=1).argsort(dim=1)
+            return {"prediction": _rows(prediction, order), "latent": latent}
+        # Only hidden patches are compared, so nothing else is computed from the last attention on.
+        tokens = self._decode(latent, visible, hidden, last=self.hidden)
+        prediction = self.decoder.pred(self.decoder.norm(tokens))
+        return {"loss": F.mse_loss(prediction.float(), _rows(batch["target"], hidden).float())}
+
+    def _decode(self, latent: Tensor, visible: Tensor, hidden: Tensor, last: int | None) -> Tensor:
+        """Decoder tokens [B, prefix + N, Dd] in the order prefix, visible, hidden; or the last ones alone.
+
+        Attention does not care for the order of tokens, only positions tell it: leaving hidden tokens at the
+        end spares the un-shuffling of the paper.
+        """
+        decoder, prefix = self.decoder, self.encoder.prefix
+        first, places = decoder.pos_embed[:, :prefix], decoder.pos_embed[0, prefix:]
+        seen = decoder.embed(latent)
+        rows = decoder.mask_token[0] + places  # a hidden token is its position and nothing else
+        unseen = F.embedding(hidden, rows)
+        x = torch.cat([seen[:, :prefix] + first, seen[:, prefix:] + F.embedding(visible, places), unseen], dim=1)
+        # Their first queries, keys and values are therefore the same in all samples. Making them once saves 3 to 4 %
+        # of a float32 step on the CPU; not in bfloat16, where gradients summed over samples would lose bits.
+        once = (rows, hidden) if seen.device.type == "cpu" and seen.dtype == torch.float32 else None
+        for number, block in enumerate(decoder.blocks):
+            at_end = number == len(decoder.blocks) - 1
+            x = block(x, 0, last if at_end else None, once if number == 0 else None)
+        return x
+
+    def blocks(self) -> list[nn.Module]:
+        """Units to shard, recompute and compile."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def train_flops_per_image(self) -> float:
+        """Matmul FLOPs that a training step executes per image: three times its forward."""
+        cfg, tokens = self.cfg, self.encoder.prefix + self.encoder.tokens
+        width, hidden = cfg.decoder_width, cfg.decoder_hidden
+        decoder = (
+            2.0 * (self.visible + self.encoder.prefix) * self.encoder.width * width
+            + (cfg.decoder_depth - 1) * block_flops(tokens, width, hidden)
+            + block_flops(tokens, width, hidden, asked=self.hidden)
+            + 2.0 * self.hidden * width * self.patch**2 * 3
+        )
+        return 3.0 * (self.encoder.flops(self.visible) + decoder)
+
+
+def _rows(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, D], index int64 [B, M] -> [B, M, D]: sample b's tokens index[b]."""
+    batch, count, width = tokens.shape
+    flat = (index + count * torch.arange(batch, device=index.device)[:, None]).flatten()
+    return tokens.reshape(batch * count, width).index_select(0, flat).view(batch, -1, width)

@@ -1,0 +1,293 @@
+"""What one step promises: wrong numbers stay out, randomness has a source, the host is not asked."""
+
+import contextlib
+
+import pytest
+import ranks
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import TOTAL, Student, make, steps, stream
+
+from halfseen import config, engines, optim
+from halfseen.config import Batches, ConfigError
+from halfseen.distributed import World
+from halfseen.engines.base import local_part
+
+
+def snapshot(engine):
+    return {key: local_part(value).clone() for key, value in engine.state().items()}
+
+
+def changed(engine, before):
+    after = snapshot(engine)
+    return [key for key in before if not torch.equal(before[key], after[key])]
+
+
+def skip(world, name, options, poison):
+    """Three good steps, one with a NaN in one sample of one rank, and what it left behind."""
+    engine = make(world, name, ema=0.5, **options)
+    steps(engine, world, 3)
+    before = snapshot(engine)
+    bad = steps(engine, world, 1, start=3 * TOTAL, poison=(poison,))[0]
+    left = changed(engine, before)
+    count, first = engine.skipped(), engine.first_skipped
+    gradients = [name for name, p in engine.parameters.items() if p.grad is not None]
+    after = steps(engine, world, 1, start=4 * TOTAL)[0]
+    return bad, left, count, first, gradients, after, engine.skipped(), changed(engine, before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars", "sgd"])
+@pytest.mark.parametrize(("name", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_nan_on_one_rank_changes_nothing_on_any(name, world, optimizer):
+    options = {"optimizer": {"name": optimizer}}
+    poison = 3 * TOTAL + world - 1  # owned by the last rank
+    results = ranks.run(skip, world, name, options, poison) if world > 1 else [skip(World(), name, options, poison)]
+    for bad, left, count, first, gradients, after, later, moved in results:
+        assert bad["loss"] != bad["loss"]
+        assert left == []
+        assert (count, first, later) == (1, 3 * TOTAL, 0)
+        assert gradients == []
+        assert after["loss"] == results[0][5]["loss"] < 1
+        assert any(key.startswith("model.") for key in moved)
+        assert any(key.startswith("ema.") for key in moved)
+
+
+class Explosive(Student):
+    """A finite loss whose gradient is not."""
+
+    def forward(self, batch):
+        scalars = super().forward(batch)
+        zero = (self.head.weight - self.head.weight.detach()).square().sum()
+        return scalars | {"loss": scalars["loss"] + zero.sqrt()}  # 0, with gradient 0 / 0
+
+
+def test_a_finite_loss_with_a_wrong_gradient_is_skipped_too():
+    torch.manual_seed(0)
+    student = Explosive()
+    chosen = config.Optim(clip=1.0)
+    engine = engines.create(config.Engine(), student, chosen, optim.groups(student, chosen), World(), 0)
+    before = snapshot(engine)
+    scalars = steps(engine, World(), 1)[0]
+    assert scalars["loss"] == scalars["loss"]
+    assert scalars["grad_norm"] != scalars["grad_norm"]
+    assert changed(engine, before) == []
+    assert engine.skipped() == 1
+
+
+def test_batch_norm_statistics_stay_clean():
+    engine = make(World(), student={"batch_norm": True})
+    steps(engine, World(), 2)
+    before = snapshot(engine)
+    assert "buffer.statistics.running_mean" in before
+    steps(engine, World(), 1, start=2 * TOTAL, poison=(2 * TOTAL,))
+    assert changed(engine, before) == []
+    steps(engine, World(), 1, start=3 * TOTAL)
+    assert "buffer.statistics.running_mean" in changed(engine, before)
+
+
+def test_batch_norm_on_several_cpu_ranks_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.stem_norm"):
+        make(World(rank=0, world=2), "ddp", student={"batch_norm": True})
+
+
+def test_fp16_finds_its_scale_without_spending_the_skip_budget():
+    engine = make(World(), precision="fp16")
+    engine.scale.fill_(2.0**40)  # far too large: every gradient overflows at first
+    before = snapshot(engine)
+    first = steps(engine, World(), 1)[0]
+    assert first["loss"] < 1
+    assert [key for key in changed(engine, before) if not key.startswith("scaler.")] == []
+    assert float(engine.scale) == 2.0**39
+    history = steps(engine, World(), 40, start=TOTAL)
+    assert engine.skipped() == 0
+    assert float(engine.scale) < 2.0**30
+    assert history[-1]["loss"] < 0.7 * first["loss"]
+    steps(engine, World(), 1, start=0, poison=(0,))
+    assert engine.skipped() == 1
+
+
+def test_dropout_is_a_function_of_seed_and_position():
+    def run(seed=5, noise=0):
+        engine = make(World(), student={"dropout": 0.5}, seed=seed)
+        torch.manual_seed(noise)  # what happened elsewhere in the process has no influence
+        return steps(engine, World(), 3)
+
+    assert run() == run(noise=99)
+    assert run() != run(seed=6)
+
+
+def test_recomputing_replays_dropout():
+    with_dropout = {"dropout": 0.5}
+    kept = steps(make(World(), student=with_dropout), World(), 5)
+    assert steps(make(World(), student=with_dropout, recompute=True), World(), 5) == kept
+
+
+class Questions(TorchDispatchMode):
+    """Collects operators that bring a tensor's value to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.asked.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "lars"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_asks_for_a_number_on_the_host(optimizer, precision):
+    engine = make(World(), ema=0.9, precision=precision, optimizer={"name": optimizer})
+    data = stream(Batches(TOTAL, 1, 6, 2), 0)
+    batches = [next(data), next(data)]
+    with Questions() as questions:
+        engine.step(batches, 0.01, 0)
+    assert questions.asked == []
+    with Questions() as questions:
+        engine.skipped()
+        engine.scale.item()
+    assert questions.asked  # the probe works
+
+
+def test_rates_follow_groups_and_the_schedule():
+    engine = make(World(), optimizer={"layer_decay": 0.5})
+    data = stream(Batches(TOTAL, 1, TOTAL, 1), 0)
+    engine.step([next(data)], 0.04, 0)
+    rates = {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
+    assert rates["layer_4.decay"] == 0.04
+    assert rates["layer_0.decay"] == 0.04 * 0.5**4
+    assert engine.hyperparameters() == {"lr": 0.04, "weight_decay": 0.05}
+
+
+def test_changing_what_trains_is_refused():
+    engine = make(World(), student={"frozen": True})
+    engine.parameters["embed.weight"].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"embed\.weight changed"):
+        steps(engine, World(), 1)
+
+
+def test_groups_must_cover_exactly_what_trains():
+    student = Student()
+    groups = optim.groups(student, config.Optim())
+    student.head.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"head\.bias"):
+        engines.create(config.Engine(), student, config.Optim(), groups, World(), 0)
+
+
+def averages(world, name):
+    engine = make(world, name, ema=0.75)
+    steps(engine, world, 3)
+    plain, mean = engine.weights(), engine.weights(ema=True)
+    with engine.averaged():
+        inside = engine.weights()
+        with pytest.raises(RuntimeError, match="averaged"):
+            engine.state()
+    return plain, mean, inside, engine.weights()
+
+
+@pytest.mark.parametrize(("name", "world"), [("single", 1), ("fsdp", 2)])
+def test_averaged_swaps_and_swaps_back(name, world):
+    plain, mean, inside, after = (ranks.run(averages, world, name) if world > 1 else [averages(World(), name)])[0]
+    for key, value in plain.items():
+        assert torch.equal(after[key], value), key
+        assert torch.equal(inside[key], mean[key]), key
+    assert not torch.equal(plain["head.weight"], mean["head.weight"])
+
+
+def test_the_average_is_the_formula():
+    engine = make(World(), ema=0.75)
+    mean = engine.weights()
+    for step in range(3):
+        steps(engine, World(), 1, start=step * TOTAL)
+        mean = {name: 0.75 * old + 0.25 * engine.weights()[name] for name, old in mean.items()}
+    for name, value in engine.weights(ema=True).items():
+        torch.testing.assert_close(value, mean[name])
+
+
+def predictions(world, name):
+    engine = make(world, name, student={"dropout": 0.5}, recompute=True)
+    batch = next(stream(Batches(TOTAL, 1, TOTAL, 1), 0))
+    once, again = engine.predict(batch)["logits"], engine.predict(batch)["logits"]
+    assert torch.equal(once, again)  # no dropout
+    assert not once.requires_grad
+    assert engine.module.training
+    return once, steps(engine, world, 2)
+
+
+def test_predicting_is_the_same_under_every_engine():
+    expected, history = predictions(World(), "single")
+    assert expected.shape == (TOTAL, 4)
+    for name in ("ddp", "fsdp"):
+        for logits, _ in ranks.run(predictions, 2, name):
+            torch.testing.assert_close(logits, expected)
+    assert history == steps(make(World(), student={"dropout": 0.5}), World(), 2)  # predicting left no trace
+
+
+def test_ddp_ranks_may_predict_different_numbers_of_batches():
+    assert ranks.run(uneven, 2) == [1, 3]
+
+
+def uneven(world):
+    engine = make(world, "ddp", student={"tied": False})
+    batch = next(stream(Batches(TOTAL, 1, TOTAL, 1), 0))
+    return len([engine.predict(batch) for _ in range(1 + 2 * world.rank)])
+
+
+def test_names_never_show_a_wrapper(monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", lambda module: module.__setattr__("_compiled_call_impl", None))
+    expected = set(make(World()).state())
+    assert set(make(World(), recompute=True, compile=True).state()) == expected
+    assert "model.layers.0.grow.weight" in expected
+    assert "optim.layers.0.grow.weight.exp_avg" in expected
+    assert "buffer.offset" in expected
+    assert "buffer.scratch" not in expected
+    assert "model.layers.2.grow.weight" not in expected  # tied: one tensor, one name
+    assert make(World()).aliases == {"layers.2.grow.weight": "layers.0.grow.weight"}
+
+
+def compiled(world, name):
+    torch._dynamo.config.suppress_errors = False
+    real = nn.Module.compile
+    nn.Module.compile = lambda module: real(module, backend="aot_eager")
+    engine = make(world, name, compile=True, recompute=True)
+    return steps(engine, world, 3, accumulation=1), sorted(engine.state())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_compiled_recomputed_blocks_keep_the_curve(name):
+    history, names = ranks.run(compiled, 2, name)[0]
+    expected = make(World())
+    assert names == sorted(expected.state())
+    for ours, theirs in zip(history, steps(expected, World(), 3, accumulation=1), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+def predictions_between_changes(world, name, reshard):
+    """Logits of averaged, plain, averaged weights, a step, then plain and averaged weights."""
+    engine = make(world, name, ema=0.5, reshard=reshard)
+    steps(engine, world, 2)
+    batch = next(stream(Batches(TOTAL, 1, TOTAL, 1), 0))
+    found = []
+
+    def ask(averaged):
+        with engine.averaged() if averaged else contextlib.nullcontext():
+            found.append(engine.predict(batch)["logits"])
+
+    for averaged in (True, False, True):
+        ask(averaged)
+    steps(engine, world, 1, start=2 * TOTAL)
+    for averaged in (False, True):
+        ask(averaged)
+    return found
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_predictions_follow_the_weights_whatever_was_asked_before(reshard):
+    expected = predictions_between_changes(World(), "single", True)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    assert (expected[1] - expected[3]).abs().max() > 1e-3
+    for found in ranks.run(predictions_between_changes, 2, "fsdp", reshard):
+        for ours, reference in zip(found, expected):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)

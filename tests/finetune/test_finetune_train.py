@@ -1,0 +1,187 @@
+"""The fine-tuning stage: what enters the student, what is evaluated and written, what a run leaves."""
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from halfseen.checkpoint import read_weights
+from halfseen.config import Batches, ConfigError, load
+from halfseen.distributed import World
+from halfseen.finetune import evaluate, train
+from halfseen.finetune.config import Finetune
+from halfseen.finetune.evaluate import Result
+
+TINY = [
+    *("model.width=32", "model.depth=2", "model.heads=2", "model.patch=16", "engine.device=cpu"),
+    *(
+        "data.train=embedded:emoji/train",
+        "data.val=embedded:emoji/val",
+        "data.label=folder",
+        "data.classes=12",
+    ),
+    *("data.image_size=32", "data.workers=0", "data.chunk=8", "data.window=8"),
+    *("run.global_batch=16", "run.images=64", "run.log_every=16", "optim.warmup=16"),
+    *("run.evaluate_every=32", "run.checkpoint_every=32"),
+]
+
+
+def config(*overrides):
+    return load(Finetune, None, [*TINY, *overrides])
+
+
+def raw(position):
+    """What the loader hands out for given positions."""
+    image = (position[:, None] * 7 + torch.arange(3 * 32 * 32)) % 256
+    return {
+        "image": image.view(-1, 3, 32, 32).to(torch.uint8),
+        "label": position % 9,
+        "position": position,
+        "key": [str(place) for place in position.tolist()],
+    }
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 32), (2, 8), (2, 16), (4, 8)])
+def test_what_enters_the_student_does_not_depend_on_the_split(world, micro):
+    settings = config("run.global_batch=32", "task.mix_stride=8")
+    whole = train.Prepare(settings, Batches(32, 1, 32, 1), torch.device("cpu"))(raw(torch.arange(32)))
+    assert whole["image"].dtype == torch.float32
+    assert whole["target"].shape == (32, 12)
+    batches = Batches(32, world, micro, 32 // world // micro)
+    prepare = train.Prepare(settings, batches, torch.device("cpu"))
+    for rank in range(world):
+        for part in torch.arange(rank, 32, world).split(micro):
+            prepared = prepare(raw(part))
+            assert torch.equal(prepared["image"], whole["image"][part])
+            assert torch.equal(prepared["target"], whole["target"][part])
+
+
+def test_a_split_that_parts_pairs_is_refused_only_when_images_are_mixed():
+    batches = Batches(32, 1, 4, 8)
+    with pytest.raises(ConfigError, match="mix_stride"):
+        train.Prepare(config("run.global_batch=32"), batches, torch.device("cpu"))
+    train.Prepare(config("run.global_batch=32", "augment.mixup=0", "augment.cutmix=0"), batches, torch.device("cpu"))
+
+
+def test_without_mixing_and_erasing_images_are_only_normalised():
+    plain = config("augment.mixup=0", "augment.cutmix=0", "augment.erase=0", "task.smoothing=0")
+    prepared = train.Prepare(plain, Batches(16, 1, 16, 1), torch.device("cpu"))(raw(torch.arange(16)))
+    assert torch.equal(prepared["target"].argmax(1), torch.arange(16) % 9)
+    assert torch.equal(prepared["target"].sum(1), torch.ones(16))
+    expected = (raw(torch.arange(16))["image"] / 255 - torch.tensor(plain.augment.mean).view(3, 1, 1)) / torch.tensor(
+        plain.augment.std
+    ).view(3, 1, 1)
+    assert torch.allclose(prepared["image"], expected, atol=1e-5)
+
+
+class Script:
+    """An engine and a monitor in one; evaluation results come from a list."""
+
+    def __init__(self):
+        self.notes, self.pictures, self.swapped = [], [], False
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def picture(self, position, tag, image):
+        self.pictures.append((position, tag, image.dtype))
+
+    @contextmanager
+    def averaged(self):
+        self.swapped = True
+        yield
+        self.swapped = False
+
+
+def evaluations(tmp_path, monkeypatch, script, results, *overrides):
+    given = iter(results)
+
+    def fake(engine, batches, prepare, classes, world):
+        top1 = next(given)
+        # The averaged weights do better, so the file must take them from inside the context.
+        top1 += 0.05 if script.swapped else 0.0
+        return Result(20, top1, 1.0, 2.0, torch.eye(3, dtype=torch.int64))
+
+    monkeypatch.setattr(train, "evaluate", fake)
+    monkeypatch.setattr(train, "open_val", lambda config, batch, world: iter(()))
+    return train.Evaluations(config(*overrides), tmp_path, 8, World())
+
+
+def test_evaluations_are_kept_with_the_best_and_a_resume_drops_later_ones(tmp_path, monkeypatch):
+    script = Script()
+    once = evaluations(tmp_path, monkeypatch, script, [0.1, 0.3, 0.2, 0.25])
+    for position in (16, 32, 48):
+        values = once(script, script, position)
+    assert values == {"val/top1": 0.2, "val/top5": 1.0, "val/loss": 2.0, "val/mean_class": 1.0, "val/left_out": 0}
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (content["best"]["position"], content["last"]["position"]) == (32, 48)
+    assert content["last"]["images"] == 20
+    once(script, script, 32)  # the run was resumed at 16
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [entry["position"] for entry in content["evaluations"]] == [16, 32]
+    assert content["best"]["val/top1"] == 0.25
+    assert "top-1 25.00%" in script.notes[-1]
+    assert script.pictures[0] == (16, "val/confusion", torch.uint8)
+
+
+def test_averaged_weights_are_evaluated_too_and_can_be_the_best(tmp_path, monkeypatch):
+    script = Script()
+    both = evaluations(tmp_path, monkeypatch, script, [0.3, 0.3, 0.32, 0.2], "engine.ema=0.9")
+    assert both(script, script, 16)["val_ema/top1"] == pytest.approx(0.35)
+    both(script, script, 32)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["best"]["position"] == 16
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run over the embedded images."""
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    recipe = folder.parent / "tiny.yaml"
+    recipe.write_text("")
+    code = train.main([str(recipe), *TINY, f"run.folder={folder}", "engine.ema=0.9"])
+    return SimpleNamespace(folder=folder, code=code, recipe=recipe)
+
+
+def test_a_run_leaves_its_config_receipt_metrics_evaluation_and_checkpoint(finished):
+    assert finished.code == 0
+    rows = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 4
+    assert all(0 < loss < 20 for loss in losses)
+    evaluated = json.loads((finished.folder / "evaluation.json").read_text())["evaluations"]
+    assert [entry["position"] for entry in evaluated] == [32, 64]
+    assert all("val_ema/top1" in entry for entry in evaluated)
+    assert len(json.loads((finished.folder / "receipt.json").read_text())["starts"]) == 1
+    assert "head.weight" in read_weights(finished.folder)
+
+
+def test_a_complete_run_is_left_as_it_is(finished):
+    before = (finished.folder / "metrics.jsonl").read_text()
+    assert train.main([str(finished.folder)]) == 0
+    assert (finished.folder / "metrics.jsonl").read_text() == before
+    assert len(json.loads((finished.folder / "receipt.json").read_text())["starts"]) == 2
+
+
+@pytest.mark.parametrize(("option", "prefix"), [([], "val"), (["--ema"], "val_ema")])
+def test_the_command_finds_what_the_run_found(finished, tmp_path, option, prefix, capsys):
+    code = evaluate.main([str(finished.folder), *option, "--batch=32", f"--json={tmp_path / 'result.json'}"])
+    assert code == 0
+    found = json.loads((tmp_path / "result.json").read_text())
+    last = json.loads((finished.folder / "evaluation.json").read_text())["last"]
+    assert found["images"] == last["images"] > 100
+    assert found["val/top1"] == last[f"{prefix}/top1"]
+    assert found["val/loss"] == pytest.approx(last[f"{prefix}/loss"], rel=1e-5)
+    assert "worst classes" in capsys.readouterr().out
+
+
+def test_another_run_starts_from_these_weights_and_reports_coverage(finished, tmp_path, capsys):
+    arguments = [
+        str(finished.recipe),
+        *TINY,
+        f"run.folder={tmp_path / 'next'}",
+        f"run.init={finished.folder}",
+    ]
+    assert train.main([*arguments, "run.images=16", "optim.warmup=0", "run.evaluate_every=16"]) == 0
+    assert "init" in capsys.readouterr().out

@@ -1,0 +1,59 @@
+"""What every stage does around its parts: durations, refusals, data that all ranks share."""
+
+import pytest
+
+from halfseen import data, stage
+from halfseen.config import ConfigError, load
+from halfseen.distributed import World
+from halfseen.pretrain import train as pretraining
+from halfseen.pretrain.config import Pretrain
+
+TINY = ["model.width=32", "model.depth=1", "model.heads=2", "data.image_size=32", "objective.mae.decoder_width=32"]
+
+
+class Ranks(World):
+    """A world whose other ranks give made-up answers."""
+
+    def gather_object(self, value):
+        return [value, *self.others]
+
+
+def test_any_number_of_ranks_that_divides_the_batch_may_run(tmp_path, capsys):
+    config = load(Pretrain, "pretrain/demo", [*TINY, "run.global_batch=48"])
+    world = World(world=3)
+    parts = pretraining.parts(config, world, tmp_path)
+    assert (parts.batches.world, parts.batches.micro) == (3, 16)
+    stage.announce(config, "runs/x", parts, world)
+    assert "data.lanes=64 is not a multiple of 3 ranks" in capsys.readouterr().out
+
+
+def test_ranks_that_see_other_shards_are_refused_by_name():
+    config = load(Pretrain, "pretrain/demo", TINY)
+    world = Ranks(world=2)
+    world.others = ["another fingerprint"]
+    with pytest.raises(ConfigError, match="rank 1 sees other shards"):
+        stage.derive(config, data.open_set(config.data, "train"), world)
+
+
+def test_pretraining_needs_no_labels_whatever_the_recipe_says(tmp_path):
+    config = load(Pretrain, "pretrain/demo", [*TINY, "data.label=cls", "data.classes=1000", "data.workers=0"])
+    parts = pretraining.parts(config, World(), tmp_path)
+    batch = next(parts.stream(0))
+    assert "label" not in batch
+    assert len(batch["key"]) == parts.batches.micro
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("run.images=10", "run.images"), ("optim.warmup=200%", "optim.warmup"), ("run.log_every=0", "run.log_every")],
+)
+def test_impossible_durations_are_refused(tmp_path, override, key):
+    config = load(Pretrain, "pretrain/demo", [*TINY, override])
+    with pytest.raises(ConfigError) as refusal:
+        pretraining.parts(config, World(), tmp_path)
+    assert refusal.value.key == key
+
+
+def test_the_run_ends_on_a_whole_step(tmp_path):
+    config = load(Pretrain, "pretrain/demo", [*TINY, "run.images=100", "run.global_batch=48", "optim.warmup=0"])
+    assert pretraining.parts(config, World(), tmp_path).spans.total == 144

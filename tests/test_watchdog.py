@@ -1,0 +1,99 @@
+"""A run that stands still tells who is late, leaves stacks, and ends with its own exit code."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+import ranks
+from toys import TOTAL, stream
+from trainee import LONGEST, train
+
+from halfseen.distributed import World, started
+from halfseen.watchdog import STALLED, Watchdog, verdict
+
+SECONDS = 2.0
+
+
+def one_of_two(folder, rank, port):
+    """Rank 1 never gets the data of its third step."""
+    os.environ.update(ranks.environment(rank, 2, port))
+
+    def data(plan, rank, start):
+        for count, batch in enumerate(stream(plan, rank, start)):
+            if rank == 1 and count == 5:
+                threading.Event().wait()
+            yield batch
+
+    told = os.open(folder / f"told_{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(told, 2)
+    with started("cpu") as world:
+        train(folder, world, LONGEST, data=data, minutes=SECONDS / 60)
+    return 0
+
+
+def test_a_stall_names_the_late_rank_and_ends_every_rank(tmp_path):
+    port = ranks.free_port()
+    processes = [ranks.begin(one_of_two, tmp_path, rank, port) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == STALLED
+    first = (tmp_path / "told_0").read_text()
+    assert "rank 0 stands still" in first
+    assert "stalled: late is rank 1 " in first
+    assert f"in phase 'data' at {2 * TOTAL}" in first
+    stacks = [(tmp_path / f"stall_rank_{rank}.txt").read_text() for rank in range(2)]
+    assert "phase agree" in stacks[0]
+    assert "largest" in stacks[0]  # where rank 0 waits for rank 1
+    assert "phase data" in stacks[1]
+    assert "in wait" in stacks[1]
+
+
+def test_a_run_that_lives_is_left_alone(tmp_path, monkeypatch):
+    barked = []
+    monkeypatch.setattr(Watchdog, "_bark", lambda self, silent: barked.append(silent))  # not this process's end
+    with Watchdog(tmp_path, 1.5 / 60, World()) as watchdog:
+        for step in range(20):
+            watchdog.beat("step", step)
+            time.sleep(0.1)
+    beat = json.loads((tmp_path / "heartbeat" / "rank_0.json").read_text())
+    assert beat["phase"] == "step"
+    assert beat["beats"] > 1
+    assert barked == []
+    assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_zero_minutes_watch_nothing(tmp_path):
+    with Watchdog(tmp_path, 0, World()) as watchdog:
+        watchdog.beat("step", 0)
+        assert watchdog.thread is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_is_told_and_survived(tmp_path, capsys):
+    (tmp_path / "heartbeat").write_text("in the way")
+    with Watchdog(tmp_path, 1, World()):
+        pass
+    assert "was not written" in capsys.readouterr().err
+
+
+def heartbeats(folder, *beats):
+    for rank, count in enumerate(beats):
+        content = {"rank": rank, "host": "h", "pid": 1, "phase": "step", "position": 7, "beats": count}
+        if count is not None:
+            (folder / f"rank_{rank}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("beats", "said"),
+    [
+        ((9, 9, 8), "late is rank 2 "),
+        ((9, 8, 8), "late is rank 1 (h, process 1) in phase 'step' at 7; rank 2 "),
+        ((9, 9, 9), "all ranks are equally far"),
+        ((9, None, 9), "no heartbeat at all from ranks [1]"),
+    ],
+)
+def test_the_late_ranks_are_those_with_the_fewest_beats(tmp_path, beats, said):
+    heartbeats(tmp_path, *beats)
+    assert said in verdict(tmp_path, 3)

@@ -1,0 +1,176 @@
+"""Starting from other weights: the report, moved position tables, refusals."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from halfseen import weights
+from halfseen.checkpoint import read_weights
+from halfseen.config import ConfigError, Model
+from halfseen.models import ViT
+
+
+class Student(nn.Module):
+    """A trunk with a head, as the fine-tuning stage's."""
+
+    def __init__(self, side=32, classes=5, **model) -> None:
+        super().__init__()
+        self.encoder = ViT(Model(width=16, depth=2, heads=2, patch=8, **model), side)
+        self.head = nn.Linear(16, classes)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def image(side=32):
+    return torch.randn(2, 3, side, side)
+
+
+def test_weights_of_the_same_student_are_all_loaded_and_it_computes_the_same():
+    source, student = Student(), Student()
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert report.covered == 1.0
+    assert report.loaded == list(student.state_dict())
+    assert not report.resized
+    assert not report.new
+    assert not report.unused
+    x = image()
+    assert torch.equal(student.encoder(x), source.encoder(x))
+
+
+def test_parts_of_another_objective_are_reported_unused_and_the_own_head_new():
+    given = {f"encoder.{name}": value for name, value in Student().encoder.state_dict().items()}
+    given["decoder.embed.weight"] = torch.randn(3, 3)
+    student = Student()
+    head = student.head.weight.detach().clone()
+    report = weights.initialise(student, given, coverage=1.0)
+    assert report.unused == ["decoder.embed.weight"]
+    assert report.new == {"head.weight": "not given", "head.bias": "not given"}
+    assert torch.equal(student.head.weight, head)
+
+
+def test_a_head_of_other_classes_is_not_loaded_and_the_report_says_why():
+    report = weights.initialise(Student(classes=3), Student(classes=5).state_dict(), coverage=1.0)
+    assert report.new["head.weight"] == "given as (5, 16), needed as (3, 16)"
+    assert "head.weight" in str(report)
+    assert "given as (5, 16)" in str(report)
+
+
+def test_too_little_is_refused_with_the_report_and_the_student_is_untouched():
+    student = Student()
+    before = copy.deepcopy(student.state_dict())
+    given = {name: value for name, value in Student().state_dict().items() if "mlp" not in name}
+    with pytest.raises(ConfigError, match=r"run.init_coverage=0\.9") as refused:
+        weights.initialise(student, given, coverage=0.9)
+    assert "encoder.blocks.0.mlp.fc1.weight (not given)" in str(refused.value)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_coverage_counts_the_trunks_numbers_not_its_names():
+    student, given = Student(), {}
+    for name, value in Student().state_dict().items():
+        if "mlp" in name or "qkv" in name:
+            given[name] = value
+    report = weights.initialise(student, given, coverage=0.0)
+    trunk = [(n, v.numel()) for n, v in student.state_dict().items() if n.startswith("encoder.")]
+    expected = sum(size for name, size in trunk if name in given) / sum(size for _, size in trunk)
+    assert report.covered == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bad):
+    given = Student().state_dict()
+    given["encoder.blocks.1.mlp.fc1.bias"][3] = bad
+    with pytest.raises(ConfigError, match=r"encoder\.blocks\.1\.mlp\.fc1\.bias.*NaN or infinity"):
+        weights.initialise(Student(), given, coverage=0.0)
+
+
+@pytest.mark.parametrize("side", [48, (40, 24)])
+def test_a_position_table_moves_to_another_grid_with_its_class_row(side):
+    source, student = Student(), Student(side=side)
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    height, width = student.encoder.grid
+    assert report.resized == {"encoder.pos_embed": f"4x4 -> {height}x{width}"}
+    assert torch.equal(student.encoder.pos_embed[:, 0], source.encoder.pos_embed[:, 0])
+    plane = source.encoder.pos_embed[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
+    moved = nn.functional.interpolate(plane, (height, width), mode="bicubic").flatten(2).transpose(1, 2)
+    assert torch.equal(student.encoder.pos_embed[:, 1:], moved)
+
+
+def test_a_table_that_is_no_square_grid_is_refused_when_it_would_have_to_move():
+    given = Student(side=(32, 24)).state_dict()
+    weights.initialise(Student(side=(32, 24)), given, coverage=1.0)
+    with pytest.raises(ConfigError, match="13 rows is no square grid"):
+        weights.initialise(Student(side=48), given, coverage=0.0)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_class_row_that_one_side_lacks_is_added_or_folded_without_changing_the_function(there):
+    source, student = Student(position_on_class=there), Student(position_on_class=not there)
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert list(report.resized) == ["encoder.pos_embed"]
+    x = image()
+    torch.testing.assert_close(student.encoder(x), source.encoder(x))
+
+
+def test_a_class_row_is_made_to_fit_also_when_the_grid_moves():
+    source, student = Student(position_on_class=False), Student(side=48)
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert report.resized["encoder.pos_embed"] == "zero class row added, 4x4 -> 6x6"
+    assert not student.encoder.pos_embed[:, 0].any()
+
+
+def test_a_timm_model_is_read_by_its_own_names_and_the_trunk_computes_the_same():
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+    source = timm.models.VisionTransformer(**options).eval()
+    nn.init.normal_(source.head.weight)
+    student = Student().eval()
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert report.layout == "timm"
+    assert not report.new
+    assert not report.unused
+    x = image()
+    torch.testing.assert_close(student.head(student.encoder(x)[:, 0]), source(x))
+
+
+def test_weights_of_something_else_are_refused():
+    with pytest.raises(ConfigError, match="no known layout"):
+        weights.initialise(Student(), {"layer1.0.conv1.weight": torch.zeros(1)}, coverage=0.0)
+
+
+def test_a_deeper_trunk_is_refused_by_the_names_that_would_be_lost():
+    given = Student().state_dict()
+    given |= {name.replace("blocks.1.", "blocks.2."): value for name, value in given.items() if "blocks.1." in name}
+    student = Student()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ConfigError, match=r"run\.init=.*encoder\.blocks\.2\.norm1\.weight.* and \d+ more.*\n.*=0"):
+        weights.initialise(student, given, coverage=0.9)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    report = weights.initialise(student, given, coverage=0.0)
+    assert report.covered == 1.0
+    assert len(report.unused) == sum("blocks.1." in name for name in before)
+
+
+def test_a_stem_without_a_place_is_refused():
+    given = Student().state_dict() | {"encoder.patch_embed.proj.9.weight": torch.zeros(2)}
+    with pytest.raises(ConfigError, match=r"encoder\.patch_embed\.proj\.9\.weight"):
+        weights.initialise(Student(), given, coverage=0.5)
+
+
+@pytest.mark.parametrize("name", ["junk.pth", "junk.pt", "junk.bin", "junk.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"junk, and no weights at all", b"PK\x03\x04 half a zip", b"\x80\x02h\x05."])
+def test_junk_is_refused_by_its_path(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(ConfigError, match=r"list\.pth.*holds a list"):
+        read_weights(tmp_path / "list.pth")

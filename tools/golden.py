@@ -1,0 +1,201 @@
+"""Reference cases of official implementations: reading one, and comparing numbers with it.
+
+A family of cases is one Family in the FAMILIES of a ``golden_*.py`` file beside this one; that is all
+``halfseen conformance`` needs to find it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from halfseen.config import Model
+from halfseen.layouts import Layout, rename
+
+RTOL, ATOL = 1e-4, 2e-5  # outputs and gradients: above the reference's own rounding, below the slips it lists
+LOSS_RTOL = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case: what the original was given and what it returned."""
+
+    name: str
+    meta: dict[str, Any]  # the json file
+    state: dict[str, Tensor]  # weights under the original's names
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    teacher: dict[str, Tensor]  # weights of a teacher, where the case has one
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of the original class or function."""
+        return self.meta["config"]
+
+    @classmethod
+    def read(cls, path: Path) -> "Case":
+        """A case from its json file and the tensors beside it. A tensor of an unknown kind is an error."""
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "in": {}, "out": {}, "state_teacher": {}}
+        tensors = path.with_suffix(".safetensors")
+        for key, value in load_file(tensors).items() if tensors.is_file() else ():
+            kind, name = key.split("/", 1)
+            if kind not in parts:
+                raise ValueError(f"{key} is of no known kind: {sorted(parts)}")
+            parts[kind][name] = value
+        return cls(path.stem, json.loads(path.read_text()), *parts.values())
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. Passes when |actual - expected| <= atol + rtol * |expected| everywhere."""
+
+    name: str
+    actual: Tensor
+    expected: Tensor
+    rtol: float = RTOL
+    atol: float = ATOL
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """Largest absolute difference, and the same over the largest expected magnitude."""
+        if self.actual.shape != self.expected.shape:
+            return math.inf, math.inf
+        if not self.expected.numel():
+            return 0.0, 0.0
+        apart = (self.actual.double() - self.expected.double()).abs().max().item()
+        scale = self.expected.double().abs().max().item()
+        return apart, apart / scale if scale else (0.0 if apart == 0 else math.inf)
+
+    @property
+    def passed(self) -> bool:
+        """NaN never passes."""
+        if self.actual.shape != self.expected.shape:
+            return False
+        actual, expected = self.actual.double(), self.expected.double()
+        return bool(((actual - expected).abs() <= self.atol + self.rtol * expected.abs()).all())
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cases of one kind: those whose name starts with prefix and whose original lies in repo and source."""
+
+    prefix: str
+    repo: str
+    source: str  # a part of the original's path
+    run: Callable[[Case], list[Check]]
+    derived: Mapping[str, str] = field(default_factory=dict)  # output that need not be compared -> why
+
+
+def exact(name: str, actual: Tensor, expected: Tensor) -> Check:
+    """A comparison of integers or booleans."""
+    return Check(name, actual, expected, rtol=0.0, atol=0.0)
+
+
+def numbers(
+    name: str, actual: Iterable[float], expected: Iterable[float], rtol: float = 1e-9, atol: float = 0.0
+) -> Check:
+    """A comparison of tables of Python numbers, in double."""
+    pair = [torch.tensor(list(values), dtype=torch.float64) for values in (actual, expected)]
+    return Check(name, pair[0], pair[1], rtol, atol)
+
+
+def names(name: str, actual: Collection[str], expected: Collection[str]) -> Check:
+    """A comparison of sets of names: the count of those only one side has must be 0."""
+    return exact(name, torch.tensor(len(set(actual) ^ set(expected))), torch.tensor(0))
+
+
+def outputs(case: Case, actual: Mapping[str, Tensor]) -> list[Check]:
+    """Compare every output of the case that ``actual`` has, each by the tolerance of its kind."""
+    floor = residue(case)
+    checks = []
+    for name, expected in case.outputs.items():
+        if name not in actual:
+            continue
+        value = actual[name].detach()
+        if not expected.is_floating_point():
+            checks.append(exact(f"out/{name}", value, expected))
+        elif "loss" in name and not name.startswith("grad"):
+            checks.append(Check(f"out/{name}", value, expected, rtol=LOSS_RTOL, atol=0.0))
+        else:
+            vanishes = name.startswith("grad") and expected.abs().max().item() < floor
+            checks.append(Check(f"out/{name}", value, expected, atol=max(ATOL, floor) if vanishes else ATOL))
+    return checks
+
+
+def residue(case: Case) -> float:
+    """The size below which a whole gradient is nothing but rounding.
+
+    A bias before a BatchNorm in training has gradient 0; either side computes it as the sum of terms as large
+    as the other gradients, with float32's rounding of those. It must stay as small, no more.
+    """
+    sizes = [value.abs().max().item() for name, value in case.outputs.items() if name.startswith("grad/")]
+    return 4e-6 * max(sizes, default=0.0)
+
+
+def gradients(student: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """Every gradient under the original's name, as ``grad/NAME``."""
+    grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return {f"grad/{name}": value for name, value in rename(grads, layout.from_ours(set(grads))).items()}
+
+
+def load(student: nn.Module, case: Case, layout: Layout) -> None:
+    """Give the student the case's weights, every one, through the converter."""
+    student.load_state_dict(rename(case.state, layout.to_ours(set(case.state))))
+
+
+def refuse_unknown(config: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ValueError for an option that is on and that this code would silently leave out."""
+    unknown = {key: value for key, value in config.items() if key not in known and value}
+    if unknown:
+        raise ValueError(f"the case sets {unknown}, which this family does not read")
+
+
+TRUNK = (
+    *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"),
+    *("mlp_ratio", "qkv_bias", "norm_layer"),
+)
+
+
+def trunk(config: Mapping[str, Any], **parts: Any) -> Model:
+    """Our Model for the arguments that the originals' ViTs share; parts: what else the family knows."""
+    if config.get("in_chans", 3) != 3:
+        raise ValueError(f"in_chans={config['in_chans']}: only RGB")
+    return Model(
+        width=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
+        mlp_ratio=config.get("mlp_ratio", 4.0),
+        qkv_bias=config.get("qkv_bias", True),
+        norm_eps=epsilon(config.get("norm_layer", "LayerNorm eps=1e-6")),
+        **parts,
+    )
+
+
+def epsilon(norm: str) -> float:
+    """The epsilon in ``LayerNorm eps=1e-6``; the norm must be a LayerNorm."""
+    found = re.fullmatch(r"LayerNorm eps=([0-9.e-]+)", norm)
+    if not found:
+        raise ValueError(f"norm_layer={norm!r} is not a LayerNorm with its eps")
+    return float(found[1])
+
+
+def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the case's images."""
+    size = config["img_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def number_in(text: str, pattern: str) -> float:
+    """The number that a case's own words state, e.g. the strength in ``label smoothing 0.1``."""
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"the case does not say {pattern!r}")
+    return float(found[1])
