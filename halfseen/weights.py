@@ -54,7 +54,7 @@ def initialise(student: nn.Module, weights: Mapping[str, Tensor], *, coverage: f
     raised and the student is untouched. Above 0 the given trunk's blocks and stem must all find a place, too.
     """
     layout = layouts.detect(weights)
-    given = layouts.rename(weights, layout.to_ours(set(weights)))
+    given = layout.take(weights)
     own = student.state_dict()
     report = Report(layout.name)
     report.resized |= fit_class_row(student.encoder, given)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError
-from halfseen.layouts import LAYOUTS, Layout, detect, rename
+from halfseen.layouts import LAYOUTS, Layout, detect
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def convert(weights: Mapping[str, Tensor], source: Layout, destination: Layout) 
     found = detect(weights)
     if (found.name == "halfseen") != (source.name == "halfseen"):
         raise ConfigError("--from", source.name, f"these names are {found.name}'s", f"use --from {found.name}")
-    ours = rename(weights, source.to_ours(set(weights)))
-    table = destination.from_ours(set(ours))
-    return Conversion(source, destination, rename(ours, table), [name for name in ours if name not in table])
+    ours = source.take(weights)
+    placed = destination.from_ours(set(ours))
+    return Conversion(source, destination, destination.give(ours), [name for name in ours if name not in placed])
 
 
 def write(weights: Mapping[str, Tensor], path: Path) -> None:

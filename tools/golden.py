@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from halfseen.config import Model
-from halfseen.layouts import Layout, rename
+from halfseen.layouts import Layout
 
 RTOL, ATOL = 1e-4, 2e-5  # outputs and gradients: above the reference's own rounding, below the slips it lists
 LOSS_RTOL = 1e-5
@@ -142,12 +142,12 @@ def residue(case: Case) -> float:
 def gradients(student: nn.Module, layout: Layout) -> dict[str, Tensor]:
     """Every gradient under the original's name, as ``grad/NAME``."""
     grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    return {f"grad/{name}": value for name, value in rename(grads, layout.from_ours(set(grads))).items()}
+    return {f"grad/{name}": value for name, value in layout.give(grads).items()}
 
 
 def load(student: nn.Module, case: Case, layout: Layout) -> None:
     """Give the student the case's weights, every one, through the converter."""
-    student.load_state_dict(rename(case.state, layout.to_ours(set(case.state))))
+    student.load_state_dict(layout.take(case.state))
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from halfseen.config import ConfigError, Model
 from halfseen.layouts import LAYOUTS, detect, rename
 from halfseen.models import ViT
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "mae_pretrain_a": "mae",
     "mae_train_steps_a": "mae",
@@ -29,8 +29,8 @@ def official(case):
 
 
 def there_and_back(weights, layout):
-    ours = rename(weights, layout.to_ours(set(weights)))
-    return ours, rename(ours, layout.from_ours(set(ours)))
+    ours = layout.take(weights)
+    return ours, layout.give(ours)
 
 
 @pytest.mark.parametrize(("case", "layout"), CASES.items())
@@ -64,8 +64,8 @@ def test_timms_names_are_ours_and_come_back(model):
 def test_our_trunk_comes_back_from_every_layout(layout, parts):
     trunk = ViT(Model(width=16, depth=11, heads=2, patch=16, stem="hmlp", **parts), 32)
     weights = {f"encoder.{name}": value for name, value in trunk.state_dict().items()}
-    theirs = rename(weights, LAYOUTS[layout].from_ours(set(weights)))
-    back = rename(theirs, LAYOUTS[layout].to_ours(set(theirs)))
+    theirs = LAYOUTS[layout].give(weights)
+    back = LAYOUTS[layout].take(theirs)
     assert len(theirs) == len(weights)
     assert back.keys() == weights.keys()
 
@@ -117,9 +117,9 @@ def test_a_decoder_has_no_place_where_there_is_none(layout):
 def test_the_layout_of_official_weights_is_found_out(case, found):
     weights = official(case)
     assert detect(weights).name == found
-    ours = rename(weights, detect(weights).to_ours(set(weights)))
+    ours = detect(weights).take(weights)
     assert detect(ours).name == "halfseen"
-    expected = rename(weights, LAYOUTS[CASES[case]].to_ours(set(weights)))
+    expected = LAYOUTS[CASES[case]].take(weights)
     assert ours.keys() == expected.keys()
 
 

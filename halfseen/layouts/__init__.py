@@ -1,0 +1,43 @@
+"""Name tables: how the weights of other projects are called here, and back.
+
+One file per project. No value changes on the way, so converting there and back is exact to the bit.
+"""
+
+from collections.abc import Iterable
+
+from halfseen.config import ConfigError
+
+from .deit import DEIT, DEIT_STEM
+from .layout import Layout, in_trunk, out_of_trunk, rename
+from .mae import MAE
+from .timm import TIMM
+
+__all__ = ["LAYOUTS", "Layout", "detect", "in_trunk", "out_of_trunk", "rename"]
+
+OURS = Layout(
+    "halfseen",
+    "a run's own names",
+    lambda names: any(name.startswith("encoder.") for name in names),
+    lambda names: {name: name for name in names},
+    lambda names: {name: name for name in names},
+)
+
+# In the order in which detect asks them: a plain ViT encoder is timm's unless someone's mark is on it.
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OURS, MAE, DEIT, DEIT_STEM, TIMM)}
+
+
+def detect(names: Iterable[str]) -> Layout:
+    """The layout these names are in. Raises ConfigError when they are no Vision Transformer's.
+
+    An encoder without LayerScale is called the same by MAE, DeiT and timm; it is reported as timm's.
+    """
+    listed = set(names)
+    for layout in LAYOUTS.values():
+        if layout.owns(listed):
+            return layout
+    raise ConfigError(
+        "run.init",
+        sorted(listed)[:4],
+        "these weights are in no known layout",
+        f"give a run folder, or weights named as one of {sorted(LAYOUTS)} (see `halfseen convert --help`)",
+    )

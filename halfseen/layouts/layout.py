@@ -1,0 +1,73 @@
+"""What a layout is, and the one rule that all of them share: where the trunk stands."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Names = Callable[[set[str]], dict[str, str]]
+Weights = Mapping[str, Tensor]
+
+
+def unchanged(weights: Weights) -> dict[str, Tensor]:
+    """The weights as they are."""
+    return dict(weights)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One project's names.
+
+    owns tells whether the names of a file are in this layout. to_ours maps every name of a file, from_ours every
+    name that has a place there (timm has no decoder), both one to one, over all the names of one file: a block's
+    branches can only be told from each other's presence.
+
+    Where one tensor there is several here or the reverse (q, k and v apart), join brings theirs into tensors that
+    to_ours can name, and part is its inverse. Both move values and change none, so that there and back is exact.
+    """
+
+    name: str
+    what: str
+    owns: Callable[[set[str]], bool]
+    to_ours: Names
+    from_ours: Names
+    join: Callable[[Weights], dict[str, Tensor]] = unchanged
+    part: Callable[[Weights], dict[str, Tensor]] = unchanged
+
+    def take(self, weights: Weights) -> dict[str, Tensor]:
+        """Their weights under our names."""
+        joined = self.join(weights)
+        return rename(joined, self.to_ours(set(joined)))
+
+    def give(self, weights: Weights) -> dict[str, Tensor]:
+        """Our weights under their names; those without a place there are left out."""
+        return self.part(rename(weights, self.from_ours(set(weights))))
+
+
+def rename(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights that the table names, under their new names, values untouched.
+
+    Raises ValueError if two would become one.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name in table:
+            if table[name] in renamed:
+                raise ValueError(f"{name} and another weight would both be called {table[name]}")
+            renamed[table[name]] = value
+    return renamed
+
+
+# Modules of a student that stand beside its trunk and keep their names everywhere.
+_BESIDE = re.compile(r"(head|fc_norm|head_dist)\.")
+
+
+def in_trunk(name: str) -> str:
+    """Our name of a weight that others call ``name``: trunks are flat there, ``encoder`` here."""
+    return name if _BESIDE.match(name) else f"encoder.{name}"
+
+
+def out_of_trunk(name: str) -> str:
+    """The inverse of in_trunk."""
+    return name.removeprefix("encoder.")

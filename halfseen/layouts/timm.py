@@ -1,0 +1,21 @@
+"""timm's VisionTransformer: our trunk's names without ``encoder``."""
+
+from .layout import Layout, in_trunk, out_of_trunk
+
+
+def to_ours(names: set[str]) -> dict[str, str]:
+    """timm's names -> ours."""
+    return {name: in_trunk(name) for name in names}
+
+
+def from_ours(names: set[str]) -> dict[str, str]:
+    """Our names -> timm's; a pretraining decoder has none."""
+    return {name: out_of_trunk(name) for name in names if not name.startswith("decoder.")}
+
+
+def owns(names: set[str]) -> bool:
+    """A ViT of blocks, without a mark of another project: MAE and DeiT call a plain encoder the same."""
+    return any(name.startswith("blocks.") for name in names)
+
+
+TIMM = Layout("timm", "timm's VisionTransformer", owns, to_ours, from_ours)
