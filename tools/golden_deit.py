@@ -4,9 +4,9 @@ import re
 
 import torch
 
-from halfseen.finetune.classify import Classifier
-from halfseen.finetune.config import Task
-from halfseen.finetune.mixing import soft_targets
+from halfseen.classification import Task
+from halfseen.classification.classifier import Classifier
+from halfseen.classification.mixing import soft_targets
 from halfseen.layouts import LAYOUTS
 from halfseen.models import ViT
 from halfseen.models.stem import HMLPStem

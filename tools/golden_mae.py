@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from halfseen import optim
+from halfseen.classification import Task
+from halfseen.classification.classifier import Classifier
+from halfseen.classification.mixing import soft_targets
 from halfseen.config import Optim
 from halfseen.data.masks import mask_from_noise
-from halfseen.finetune.classify import Classifier
-from halfseen.finetune.config import Task
-from halfseen.finetune.mixing import soft_targets
 from halfseen.layouts import LAYOUTS, rename
 from halfseen.models import ViT
 from halfseen.pretrain.mae import MAE, MAEConfig

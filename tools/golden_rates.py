@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from halfseen import optim
+from halfseen.classification import Task
+from halfseen.classification.classifier import Classifier
 from halfseen.config import Model, Optim
-from halfseen.finetune.classify import Classifier
-from halfseen.finetune.config import Task
 from halfseen.layouts import LAYOUTS, Layout
 from halfseen.models import ViT
 

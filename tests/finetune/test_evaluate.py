@@ -12,23 +12,21 @@ import torch.nn.functional as F
 from torchvision.io import encode_png
 
 from halfseen import engines, optim
-from halfseen.config import ConfigError, load, to_yaml
-from halfseen.data.ledger import TooManyBad
-from halfseen.data.writer import ShardWriter
-from halfseen.finetune import evaluate as module
-from halfseen.finetune.config import Finetune
-from halfseen.finetune.evaluate import (
+from halfseen.classification.evaluation import (
     Normalise,
     Result,
     check_labels,
     confusion_picture,
     evaluate,
-    find_config,
-    main,
     open_val,
-    report,
     worst,
 )
+from halfseen.config import ConfigError, load, to_yaml
+from halfseen.data.ledger import TooManyBad
+from halfseen.data.writer import ShardWriter
+from halfseen.finetune import evaluate as module
+from halfseen.finetune.config import Finetune
+from halfseen.finetune.evaluate import find_config, main, report
 from halfseen.finetune.train import create_student
 from halfseen.pretrain.config import Pretrain
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from halfseen.checkpoint import read_weights
+from halfseen.classification import evaluation
+from halfseen.classification.evaluation import Result
 from halfseen.config import Batches, ConfigError, load
 from halfseen.distributed import World
 from halfseen.finetune import evaluate, train
 from halfseen.finetune.config import Finetune
-from halfseen.finetune.evaluate import Result
 
 TINY = [
     *("model.width=32", "model.depth=2", "model.heads=2", "model.patch=16", "engine.device=cpu"),
@@ -104,9 +105,9 @@ def evaluations(tmp_path, monkeypatch, script, results, *overrides):
         top1 += 0.05 if script.swapped else 0.0
         return Result(20, top1, 1.0, 2.0, torch.eye(3, dtype=torch.int64))
 
-    monkeypatch.setattr(train, "evaluate", fake)
-    monkeypatch.setattr(train, "open_val", lambda config, batch, world: iter(()))
-    return train.Evaluations(config(*overrides), tmp_path, 8, World())
+    monkeypatch.setattr(evaluation, "evaluate", fake)
+    monkeypatch.setattr(evaluation, "open_val", lambda config, batch, world: iter(()))
+    return evaluation.Evaluations(config(*overrides), tmp_path, 8, World())
 
 
 def test_evaluations_are_kept_with_the_best_and_a_resume_drops_later_ones(tmp_path, monkeypatch):

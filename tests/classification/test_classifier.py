@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from halfseen.classification import Task
+from halfseen.classification.classifier import Classifier, binary_cross_entropy, cross_entropy
 from halfseen.config import Model, Optim
-from halfseen.finetune.classify import Classifier, binary_cross_entropy, cross_entropy
-from halfseen.finetune.config import Task
 from halfseen.models import ViT
 from halfseen.optim import groups
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfseen.config import Augment, Batches, ConfigError
-from halfseen.finetune.mixing import (
+from halfseen.classification.mixing import (
     NOTHING,
     check_split,
     draw,
@@ -22,6 +21,7 @@ from halfseen.finetune.mixing import (
     resolve_stride,
     soft_targets,
 )
+from halfseen.config import Augment, Batches, ConfigError
 
 BOTH = Augment(mixup=0.8, cutmix=1.0)
 SIDE = 8

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from halfseen.models import ViT
 from halfseen.optim import trunk_layers
 
-from .config import Task
+from .task import Task
 
 
 class Classifier(nn.Module):
