@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al., 2021): encode visible patches, decode hidden ones, compare pixels."""
+"""Masked autoencoder (He et al., 2021): encode visible patches, decode hidden ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from halfseen.models.block import Block
 from halfseen.models.positions import sincos
 from halfseen.models.vit import block_flops, initialise
 
+from .targets import Target
+
 
 @dataclass
 class MAEConfig:
@@ -23,8 +25,6 @@ class MAEConfig:
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
     decoder_mlp_ratio: float = 4.0  # hidden width of the decoder's MLPs over decoder_width
-    mask_ratio: float = 0.75  # share of patches hidden; int(N * (1 - ratio)) stay visible
-    norm_pix: bool = True  # predict each patch's pixels relative to its own mean and deviation
 
     @property
     def decoder_hidden(self) -> int:
@@ -49,14 +49,12 @@ class MAEConfig:
                 "its sine-cosine table needs a multiple of 4",
                 "e.g. 512",
             )
-        if not 0 < self.mask_ratio < 1:
-            raise ConfigError(f"{key}.mask_ratio", self.mask_ratio, "is not between 0 and 1", "e.g. 0.75")
 
 
 class Decoder(nn.Module):
     """The parts of MAE's decoder; MAE.forward says how they are used."""
 
-    def __init__(self, encoder: ViT, cfg: MAEConfig) -> None:
+    def __init__(self, encoder: ViT, cfg: MAEConfig, predicted: int) -> None:
         super().__init__()
         width, hidden, eps = cfg.decoder_width, cfg.decoder_hidden, encoder.cfg.norm_eps
         table = sincos(width, encoder.grid, encoder.prefix)
@@ -65,7 +63,7 @@ class Decoder(nn.Module):
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, cfg.decoder_heads, hidden, eps=eps) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.pred = nn.Linear(width, encoder.patch**2 * 3)
+        self.pred = nn.Linear(width, predicted)
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -74,23 +72,18 @@ class MAE(nn.Module):
     """The student: a trunk, a decoder and their loss.
 
     forward takes image float [B, 3, S, S], mask bool [B, N] with exactly ``hidden`` True per row, and target
-    float [B, N, P*P*3], and returns {"loss"}: the mean over hidden patches of each one's mean squared error.
-    With task="predict" no target is needed, and it returns {"prediction": [B, N, P*P*3],
+    [B, N, ...] as the target makes it, and returns what target.loss makes of the hidden patches. With
+    task="predict" no target is needed, and it returns {"prediction": [B, N, target.width],
     "latent": [B, prefix + visible, D]}, latent tokens in ascending order.
     """
 
-    def __init__(self, encoder: ViT, cfg: MAEConfig) -> None:
+    def __init__(self, encoder: ViT, cfg: MAEConfig, hidden: int, target: Target) -> None:
         super().__init__()
         encoder.check_visible_only()
-        self.patch = encoder.patch
-        self.visible = int(encoder.tokens * (1 - cfg.mask_ratio))
-        self.hidden = encoder.tokens - self.visible
-        if not self.visible:
-            reason = f"leaves none of {encoder.tokens} patches visible"
-            raise ConfigError("objective.mae.mask_ratio", cfg.mask_ratio, reason, "use a smaller ratio")
-        self.cfg = cfg
+        self.hidden, self.visible = hidden, encoder.tokens - hidden
+        self.cfg, self.criterion = cfg, target.loss
         self.encoder = encoder
-        self.decoder = Decoder(encoder, cfg)
+        self.decoder = Decoder(encoder, cfg, target.width)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See the class."""
@@ -105,7 +98,7 @@ class MAE(nn.Module):
         # Only hidden patches are compared, so nothing else is computed from the last attention on.
         tokens = self._decode(latent, visible, hidden, last=self.hidden)
         prediction = self.decoder.pred(self.decoder.norm(tokens))
-        return {"loss": F.mse_loss(prediction.float(), _rows(batch["target"], hidden).float())}
+        return self.criterion(prediction, _rows(batch["target"], hidden))
 
     def _decode(self, latent: Tensor, visible: Tensor, hidden: Tensor, last: int | None) -> Tensor:
         """Decoder tokens [B, prefix + N, Dd] in the order prefix, visible, hidden; or the last ones alone.
@@ -139,13 +132,13 @@ class MAE(nn.Module):
             2.0 * (self.visible + self.encoder.prefix) * self.encoder.width * width
             + (cfg.decoder_depth - 1) * block_flops(tokens, width, hidden)
             + block_flops(tokens, width, hidden, asked=self.hidden)
-            + 2.0 * self.hidden * width * self.patch**2 * 3
+            + 2.0 * self.hidden * width * self.decoder.pred.out_features
         )
         return 3.0 * (self.encoder.flops(self.visible) + decoder)
 
 
 def _rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, N, D], index int64 [B, M] -> [B, M, D]: sample b's tokens index[b]."""
-    batch, count, width = tokens.shape
+    """tokens [B, N, ...], index int64 [B, M] -> [B, M, ...]: sample b's tokens index[b]."""
+    batch, count, *rest = tokens.shape
     flat = (index + count * torch.arange(batch, device=index.device)[:, None]).flatten()
-    return tokens.reshape(batch * count, width).index_select(0, flat).view(batch, -1, width)
+    return tokens.reshape(batch * count, *rest).index_select(0, flat).view(batch, -1, *rest)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .targets import patchify, standardise, unpatchify
+from .patches import patchify, standardise, unpatchify
 
 GREY = 0.5  # brightness of hidden patches
 GAP = 4  # white pixels between pictures

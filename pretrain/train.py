@@ -3,24 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from halfseen import data, distributed, stage
 from halfseen.config import Batches
-from halfseen.data.masks import random_mask
 from halfseen.data.transforms import normalise, pretrain_transform
 from halfseen.distributed import World
 from halfseen.engines import Engine
-from halfseen.models import ViT
-from halfseen.models.sizes import resolve
 from halfseen.monitor import Monitor
 
+from . import masks, objectives, targets
 from .config import Pretrain
-from .mae import MAE
-from .pictures import triplets
-from .targets import Pixels
+from .targets import Target
 
 SCHEMA = Pretrain
 
@@ -32,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     with distributed.started(config.engine.device) as world:
         made = parts(config, world, folder)
         stage.announce(config, folder, made, world)
-        picture = Reconstructions(config, made.prepare, lambda: first_images(config, made.train_set))
+        picture = Pictures(config, cast(Prepare, made.prepare), lambda: first_images(config, made.train_set))
         outcome = stage.run(opened, made, world, picture=picture)
     return stage.exit_code(outcome)
 
@@ -40,11 +36,12 @@ def main(argv: Sequence[str]) -> int:
 def parts(config: Pretrain, world: World, folder: Path) -> stage.Parts:
     """What this stage trains, on which data, prepared how; ``halfseen replay`` needs no more."""
     stage.seed_weights(config.run.seed)
-    student = create_student(config)
+    target = targets.create(config, world.device)
+    student = objectives.create(config, target)
     # Labels are never used here, so shards need not have any.
     train_set = data.open_set(replace(config.data, label="none", classes=0), "train")
     batches, spans = stage.derive(config, train_set, world)
-    prepare = Prepare(config, student, world.device)
+    prepare = Prepare(config, target, world.device)
 
     def stream(start: int) -> Iterator[dict[str, Any]]:
         return data.train_batches(
@@ -70,11 +67,6 @@ def first_images(config: Pretrain, train_set: data.ImageSet) -> dict[str, Any]:
     return next(data.train_batches(train_set, settings, transform, seed=config.run.seed, start=0, plan=plan, rank=0))
 
 
-def create_student(config: Pretrain) -> MAE:
-    """The trunk and its objective, with random weights, on the CPU."""
-    return MAE(ViT(config.model, config.data.image_size), config.objective.mae)
-
-
 class Prepare:
     """Micro-batch from the loader to what the student takes, on the device.
 
@@ -82,31 +74,25 @@ class Prepare:
     (seed, position) and the image alone.
     """
 
-    def __init__(self, config: Pretrain, student: MAE, device: torch.device) -> None:
+    def __init__(self, config: Pretrain, target: Target, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.tokens, self.hidden = student.encoder.tokens, student.hidden
-        self.target = Pixels(student.patch, config.objective.mae.norm_pix)
+        self.target, self.mask = target, masks.create(config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         image = batch["image"].to(self.device, non_blocking=True)
         position = batch["position"].to(self.device, non_blocking=True)
         prepared = {
             "image": normalise(image, self.config.augment.mean, self.config.augment.std),
-            "mask": random_mask(self.config.run.seed, position, self.tokens, self.hidden),
+            "mask": self.mask(self.config.run.seed, position),
             "position": position,
         }
         return prepared | {"target": self.target(prepared)}
 
 
-class Reconstructions:
-    """Pictures of the run's first images -- masked, reconstructed, original -- for TensorBoard."""
+class Pictures:
+    """What the student makes of the run's first images, as its target draws it, for TensorBoard."""
 
-    def __init__(
-        self,
-        config: Pretrain,
-        prepare: Callable[[dict[str, Any]], dict[str, Any]],
-        examples: Callable[[], dict[str, Any]],
-    ) -> None:
+    def __init__(self, config: Pretrain, prepare: Prepare, examples: Callable[[], dict[str, Any]]) -> None:
         self.config, self.prepare, self.examples = config, prepare, examples
         self.batch: dict[str, Any] | None = None
 
@@ -115,17 +101,8 @@ class Reconstructions:
         if self.batch is None:
             self.batch = self.prepare(self.examples())
         prediction = engine.predict(self.batch)["prediction"]
-        config = self.config
-        picture = triplets(
-            self.batch["image"],
-            self.batch["mask"],
-            prediction,
-            resolve(config.model).patch,
-            config.objective.mae.norm_pix,
-            config.augment.mean,
-            config.augment.std,
-        )
+        picture = self.prepare.target.picture(self.batch, prediction, self.config.augment)
         monitor.picture(position, "reconstruction", picture)
-        if config.monitor.histograms:
+        if self.config.monitor.histograms:
             for name, weight in engine.weights().items():
                 monitor.histogram(position, f"weights/{name}", weight)

@@ -55,7 +55,7 @@ def test_recipes_lists_what_can_be_run_apart_from_bases():
 def test_recipes_lists_and_describes():
     assert "pretrain/mae_b16_hmlp" in command("recipes").stdout
     fields = command("recipes", "--fields", "pretrain").stdout
-    assert "objective.mae.mask_ratio = 0.75" in fields
+    assert "mask.ratio = 0.75" in fields
     assert "model.stem = 'patch'  # " in fields
 
 

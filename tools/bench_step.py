@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from halfseen import receipt
 from halfseen.config import ConfigError, load
-from halfseen.data.masks import random_mask
 from halfseen.models import ViT
 from halfseen.monitor import peak_tflops
+from halfseen.pretrain import masks, objectives, targets
 from halfseen.pretrain.config import Pretrain
-from halfseen.pretrain.mae import MAE
-from halfseen.pretrain.targets import Pixels
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -133,15 +131,16 @@ def create(
 
 def halfseen(config: Pretrain, image: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Our student; mask and target are made within the step, as in training."""
-    student = MAE(ViT(config.model, config.data.image_size), config.objective.mae)
+    target = targets.create(config, image.device)
+    student = objectives.create(config, target)
     if config.engine.compile:
         for block in student.blocks():
             block.compile()
-    target = Pixels(student.patch, config.objective.mae.norm_pix)
+    draw = masks.create(config)
     position = torch.arange(len(image), device=image.device)
 
     def loss() -> Tensor:
-        mask = random_mask(config.run.seed, position, student.encoder.tokens, student.hidden)
+        mask = draw(config.run.seed, position)
         batch = {"image": image, "mask": mask, "target": target({"image": image})}
         return student(batch)["loss"]
 
@@ -163,8 +162,8 @@ def transformers(config: Pretrain, image: Tensor) -> tuple[nn.Module, Callable[[
         decoder_num_hidden_layers=objective.decoder_depth,
         decoder_num_attention_heads=objective.decoder_heads,
         decoder_intermediate_size=4 * objective.decoder_width,
-        mask_ratio=objective.mask_ratio,
-        norm_pix_loss=objective.norm_pix,
+        mask_ratio=config.mask.ratio,
+        norm_pix_loss=config.target.normalise,
         layer_norm_eps=config.model.norm_eps,
     )
     student = library.ViTMAEForPreTraining(settings)
@@ -197,14 +196,14 @@ def lightly(config: Pretrain, image: Tensor) -> tuple[nn.Module, Callable[[], Te
     shape = (len(image), encoder.sequence_length)
 
     def loss() -> Tensor:
-        kept, hidden = tools.random_token_mask(shape, objective.mask_ratio, device=image.device)
+        kept, hidden = tools.random_token_mask(shape, config.mask.ratio, device=image.device)
         seen = decoder.embed(encoder.encode(images=image, idx_keep=kept))
         tokens = tools.repeat_token(decoder.mask_token, shape)
         tokens = decoder.decode(tools.set_at_index(tokens, kept, seen.type_as(tokens)))
         prediction = decoder.predict(tools.get_at_index(tokens, hidden))
         # Its token numbers count the class token.
         target = tools.get_at_index(tools.patchify(image, trunk.patch), hidden - 1)
-        if objective.norm_pix:
+        if config.target.normalise:
             target = tools.normalize_mean_var(target)
         return nn.functional.mse_loss(prediction.float(), target)
 
@@ -297,7 +296,7 @@ def report(config: Pretrain, jobs: list[Job], arguments: argparse.Namespace, dev
     """Everything measured, and where: what --json writes."""
     ours = [job for job in jobs if job.name == "halfseen"]
     with torch.device("meta"):
-        student = MAE(ViT(config.model, config.data.image_size), config.objective.mae)
+        student = objectives.create(config, targets.create(config, torch.device("meta")))
     flops = student.train_flops_per_image() * arguments.batch
     on_gpu = device.type == "cuda"
     peak = config.monitor.peak_tflops or (peak_tflops(torch.cuda.get_device_name(device)) if on_gpu else None)

@@ -11,8 +11,10 @@ from halfseen.config import Optim
 from halfseen.data.masks import mask_from_noise
 from halfseen.layouts import LAYOUTS, rename
 from halfseen.models import ViT
+from halfseen.pretrain.config import Mask
 from halfseen.pretrain.mae import MAE, MAEConfig
-from halfseen.pretrain.targets import Pixels, patchify
+from halfseen.pretrain.patches import patchify
+from halfseen.pretrain.targets import Pixels
 
 from .golden import (
     TRUNK,
@@ -51,12 +53,12 @@ def student_of(case: Case) -> tuple[MAE, Pixels]:
         decoder_depth=config["decoder_depth"],
         decoder_heads=config["decoder_num_heads"],
         decoder_mlp_ratio=config.get("mlp_ratio", 4.0),
-        mask_ratio=config.get("mask_ratio", 0.75),
-        norm_pix=config["norm_pix_loss"],
     )
-    student = MAE(ViT(trunk(config, position="sincos"), image_size(config)), cfg)
+    encoder = ViT(trunk(config, position="sincos"), image_size(config))
+    target = Pixels(encoder.patch, config["norm_pix_loss"])
+    student = MAE(encoder, cfg, Mask(ratio=config.get("mask_ratio", 0.75)).hidden(encoder.tokens), target)
     load(student, case, LAYOUT)
-    return student, Pixels(student.patch, cfg.norm_pix)
+    return student, target
 
 
 def pretrain(case: Case) -> list[Check]:
@@ -79,7 +81,7 @@ def pretrain(case: Case) -> list[Check]:
         "loss": loss,
         "pred": predicted["prediction"],
         "latent": torch.cat([latent[:, :prefix], latent[:, prefix:].gather(1, place)], dim=1),
-        "target": patchify(image, student.patch),
+        "target": patchify(image, target.patch),
     }
     restore = case.outputs["ids_restore"]
     return [

@@ -14,9 +14,9 @@ from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError, load
 from halfseen.data import ImageSet, evaluation_batches, open_set
 from halfseen.data.transforms import evaluation_transform
+from halfseen.pretrain import objectives, targets
 from halfseen.pretrain.config import Pretrain
-from halfseen.pretrain.pictures import triplets
-from halfseen.pretrain.train import Prepare, create_student
+from halfseen.pretrain.train import Prepare
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,15 +56,14 @@ def reconstruct(config: Pretrain, weights: Path, images: ImageSet, count: int) -
     Masks come from (seed, position), as in training. weights: whatever read_weights understands. Returns uint8
     [3, height, width], one row per image.
     """
-    student = create_student(config)
+    target = targets.create(config, torch.device("cpu"))
+    student = objectives.create(config, target)
     student.load_state_dict(read_weights(weights))
     student.eval()
-    prepare = Prepare(config, student, torch.device("cpu"))
+    prepare = Prepare(config, target, torch.device("cpu"))
     batch = prepare(first_images(config, images, count))
     prediction = student({**batch, "task": "predict"})["prediction"]
-    mean, std = config.augment.mean, config.augment.std
-    norm_pix = config.objective.mae.norm_pix
-    return triplets(batch["image"], batch["mask"], prediction, student.patch, norm_pix, mean, std)
+    return target.picture(batch, prediction, config.augment)
 
 
 def open_images(config: Pretrain, must: bool) -> ImageSet:

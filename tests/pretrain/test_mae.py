@@ -7,6 +7,7 @@ from torch import nn
 from halfseen.config import ConfigError, Model
 from halfseen.data.masks import mask_from_noise, random_mask
 from halfseen.models import ViT
+from halfseen.pretrain.config import Mask
 from halfseen.pretrain.mae import MAE, MAEConfig
 from halfseen.pretrain.targets import Pixels
 
@@ -16,19 +17,23 @@ DECODER = MAEConfig(decoder_width=16, decoder_depth=2, decoder_heads=2)
 
 def build(decoder=DECODER, image_size=32, **options):
     torch.manual_seed(0)
-    student = MAE(ViT(Model(**(SMALL | options)), image_size), decoder)
+    student = assemble(ViT(Model(**(SMALL | options)), image_size), decoder)
     for parameter in student.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
     return student
 
 
+def assemble(encoder, decoder, ratio=0.75):
+    return MAE(encoder, decoder, Mask(ratio=ratio).hidden(encoder.tokens), Pixels(encoder.patch, True))
+
+
 def batch_for(student, size=3):
     torch.manual_seed(1)
-    height, width = (side * student.patch for side in student.encoder.grid)
+    height, width = (side * student.encoder.patch for side in student.encoder.grid)
     image = torch.randn(size, 3, height, width)
     mask = random_mask(0, torch.arange(size), student.encoder.tokens, student.hidden)
-    return {"image": image, "mask": mask, "target": Pixels(student.patch, True)({"image": image})}
+    return {"image": image, "mask": mask, "target": Pixels(student.encoder.patch, True)({"image": image})}
 
 
 def by_definition(student, batch):
@@ -118,7 +123,7 @@ def test_masks_from_given_noise_are_accepted():
 @pytest.mark.parametrize(("size", "ratio", "visible"), [(224, 0.75, 49), (64, 0.6, 6), (48, 0.75, 2)])
 def test_the_visible_count_is_rounded_down(size, ratio, visible):
     with torch.device("meta"):
-        student = MAE(ViT(Model(size="ti", position="sincos"), size), MAEConfig(mask_ratio=ratio))
+        student = assemble(ViT(Model(size="ti", position="sincos"), size), MAEConfig(), ratio)
     assert student.visible == visible
     assert student.hidden + visible == student.encoder.tokens
 
@@ -133,7 +138,7 @@ def test_the_visible_count_is_rounded_down(size, ratio, visible):
 )
 def test_parameter_counts_are_the_published_ones(size, total, decoder):
     with torch.device("meta"):
-        student = MAE(ViT(Model(size=size, position="sincos"), 224), MAEConfig())
+        student = assemble(ViT(Model(size=size, position="sincos"), 224), MAEConfig())
     assert sum(p.numel() for p in student.parameters()) == total
     assert sum(p.numel() for p in student.decoder.parameters()) == decoder
     if size == "b":
@@ -142,7 +147,7 @@ def test_parameter_counts_are_the_published_ones(size, total, decoder):
 
 def test_flops_are_the_published_work_less_what_is_left_out():
     with torch.device("meta"):
-        student = MAE(ViT(Model(size="b", position="sincos"), 224), MAEConfig())
+        student = assemble(ViT(Model(size="b", position="sincos"), 224), MAEConfig())
     # 58.7 GFLOP by the definition; the last block and the head skip visible tokens: 2.5 % less.
     assert student.train_flops_per_image() / 1e9 == pytest.approx(58.7 * 0.975, rel=0.005)
 
@@ -181,8 +186,8 @@ def test_leaking_stems_are_refused(options, key):
 
 
 def test_a_ratio_that_leaves_nothing_visible_is_refused():
-    with pytest.raises(ConfigError, match=r"objective\.mae\.mask_ratio"):
-        build(MAEConfig(16, 1, 2, mask_ratio=0.95))
+    with pytest.raises(ConfigError, match=r"mask\.ratio"):
+        Mask(ratio=0.95).hidden(16)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +196,15 @@ def test_a_ratio_that_leaves_nothing_visible_is_refused():
         (MAEConfig(decoder_heads=7), "objective.mae.decoder_heads"),
         (MAEConfig(decoder_width=18, decoder_heads=2), "objective.mae.decoder_width"),
         (MAEConfig(decoder_depth=0), "objective.mae.decoder_depth"),
-        (MAEConfig(mask_ratio=1.0), "objective.mae.mask_ratio"),
-        (MAEConfig(mask_ratio=0.0), "objective.mae.mask_ratio"),
     ],
 )
 def test_impossible_decoders_are_refused(cfg, key):
     with pytest.raises(ConfigError) as refused:
         cfg.check("objective.mae")
     assert refused.value.key == key
+
+
+@pytest.mark.parametrize("mask", [Mask(ratio=1.0), Mask(ratio=0.0), Mask(count=0)])
+def test_impossible_masks_are_refused(mask):
+    with pytest.raises(ConfigError, match=r"^mask\."):
+        mask.check("mask")

@@ -6,8 +6,8 @@ from torchvision.io import encode_png, read_image
 
 from halfseen.config import ConfigError, load, to_yaml
 from halfseen.data.writer import ShardWriter
+from halfseen.pretrain import objectives, targets
 from halfseen.pretrain.config import Pretrain
-from halfseen.pretrain.train import create_student
 from halfseen.tools import reconstruct
 
 TINY = [
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch):
     config = load(Pretrain, None, TINY)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     torch.manual_seed(0)
-    weights = create_student(config).state_dict()
+    weights = objectives.create(config, targets.create(config, torch.device("cpu"))).state_dict()
     monkeypatch.setattr(reconstruct, "read_weights", lambda path: weights)
     return tmp_path
 

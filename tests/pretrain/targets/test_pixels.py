@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfseen.pretrain.patches import EPS, patchify, standardise, unpatchify
 from halfseen.pretrain.pictures import GAP, triplets
-from halfseen.pretrain.targets import EPS, Pixels, patchify, standardise, unpatchify
+from halfseen.pretrain.targets import Pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,6 +1,4 @@
-"""What a student must predict: pixels, made outside the student from the batch, without gradients."""
-
-from typing import Any
+"""Images as patches of pixels, and back."""
 
 import torch
 from torch import Tensor
@@ -33,16 +31,3 @@ def standardise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     variance = torch.linalg.vecdot(centred, centred)[..., None] / (patches.shape[-1] - 1)
     deviation = (variance + EPS).sqrt()
     return centred.div_(deviation), mean, deviation
-
-
-class Pixels:
-    """MAE's target: the pixels of each patch, if asked relative to that patch's own mean and deviation."""
-
-    def __init__(self, patch: int, normalise: bool) -> None:
-        self.patch, self.normalise = patch, normalise
-
-    @torch.no_grad()
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """batch["image"] float [B, 3, h*P, w*P] -> float32 [B, N, P*P*3]."""
-        patches = patchify(batch["image"].float(), self.patch)
-        return standardise(patches)[0] if self.normalise else patches
