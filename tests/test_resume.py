@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+RECORDER = Path(__file__).with_name("recorder.py")
 IMAGES, BATCH = 320, 16
 RECIPE = [
     "pretrain/demo",
@@ -29,13 +31,13 @@ RECIPE = [
 ]
 
 
-def launch(*arguments, ranks=1):
-    program = [sys.executable, "-m", "halfseen.pretrain"]
+def launch(*arguments, ranks=1, keys=None):
+    """Start a pretraining run; keys: a file that gets what enters each step."""
+    program = ["-m", "halfseen.pretrain"] if keys is None else [str(RECORDER), str(keys)]
     if ranks > 1:
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        program += ["halfseen.pretrain"]
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *program]
     return subprocess.Popen(
-        [*program, *arguments],
+        [sys.executable, *program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,8 +46,8 @@ def launch(*arguments, ranks=1):
     )
 
 
-def finish(*arguments, ranks=1):
-    process = launch(*arguments, ranks=ranks)
+def finish(*arguments, ranks=1, keys=None):
+    process = launch(*arguments, ranks=ranks, keys=keys)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     return output
@@ -56,6 +58,16 @@ def losses(folder):
     return {row["position"]: row["loss"] for row in rows if "loss" in row}
 
 
+def sequence(keys):
+    """What every position of a run held, from the files of all its processes; a repeated step holds the same again."""
+    found = {}
+    for path in keys.parent.glob(f"{keys.name}.*"):
+        for line in path.read_text().splitlines():
+            position, key = line.split("\t")
+            assert found.setdefault(int(position), key) == key, position
+    return found
+
+
 def rows(folder):
     path = folder / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
@@ -64,15 +76,19 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "run"
-    finish(*RECIPE, f"run.folder={folder}")
+    keys = folder.with_name("keys")
+    finish(*RECIPE, f"run.folder={folder}", keys=keys)
     found = losses(folder)
     assert sorted(found) == list(range(BATCH, IMAGES + 1, BATCH))
-    return folder, found
+    order = sequence(keys)
+    assert sorted(order) == list(range(IMAGES))
+    assert len(set(order.values())) == IMAGES  # less than an epoch: no image twice
+    return folder, found, order
 
 
-def kill_after(folder, count, *arguments):
+def kill_after(folder, count, *arguments, keys=None):
     """kill -9 the run and its loader processes once it has logged so many steps and published a checkpoint."""
-    process = launch(*arguments)
+    process = launch(*arguments, keys=keys)
     deadline = time.monotonic() + 120
 
     def far():
@@ -88,13 +104,15 @@ def kill_after(folder, count, *arguments):
 @pytest.mark.parametrize(("count", "workers"), [(5, 2), (8, 0)])
 def test_kill_9_and_resume_gives_the_same_losses_to_the_bit(tmp_path, reference, count, workers):
     folder = tmp_path / "run"
-    kill_after(folder, count, *RECIPE, f"run.folder={folder}", f"data.workers={workers}")
+    keys = tmp_path / "keys"
+    kill_after(folder, count, *RECIPE, f"run.folder={folder}", f"data.workers={workers}", keys=keys)
     # It continues from the run folder alone, moved elsewhere, with another number of loader processes.
     moved = tmp_path / "moved"
     shutil.move(folder, moved)
-    output = finish(str(moved), f"data.workers={2 - workers}")
+    output = finish(str(moved), f"data.workers={2 - workers}", keys=keys)
     assert "resumed" in output
     assert losses(moved) == reference[1]
+    assert sequence(keys) == reference[2]
 
 
 def test_a_run_continues_on_two_ranks_under_another_engine(tmp_path, reference):
@@ -103,9 +121,11 @@ def test_a_run_continues_on_two_ranks_under_another_engine(tmp_path, reference):
     recipe = [*RECIPE, "model.drop_path=0"]
     finish(*recipe, f"run.folder={tmp_path / 'whole'}")
     expected = losses(tmp_path / "whole")
-    kill_after(folder, 5, *recipe, f"run.folder={folder}")
-    output = finish(str(folder), "engine.name=fsdp", ranks=2)
+    keys = tmp_path / "keys"
+    kill_after(folder, 5, *recipe, f"run.folder={folder}", keys=keys)
+    output = finish(str(folder), "engine.name=fsdp", ranks=2, keys=keys)
     assert "2 ranks" in output
+    assert sequence(keys) == reference[2]
     found = losses(folder)
     assert sorted(found) == sorted(expected)
     for position, loss in expected.items():
