@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-TEST_ARGS ?=
+TEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format types clean
+.PHONY: help venv demo test drills lint format types clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,10 @@ demo: $(STAMP)  ## pretrain, fine-tune, compare with scratch; about five minutes
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+drills: $(STAMP)  ## every drill on a real Slurm of virtual nodes (root, Debian: tests/slurm/README.md)
+	bash tests/slurm/cluster install
+	$(BIN)/python -m pytest -m slurm
 
 lint: $(STAMP)  ## ruff: lint and format check
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""The fine-tuning stage's options: the shared sections plus the task."""
+"""The fine-tuning stage's options: the shared sections plus the task, and a sequence of stages."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from halfseen.classification import Task
 from halfseen.config import (
@@ -21,6 +21,8 @@ class Finetune:
     """A fine-tuning run. Defaults are MAE's published recipe for ViT-B (100 epochs)."""
 
     stage: Literal["finetune"] = "finetune"
+    # One after another: name, init (last, best or ema of the stage before), and sections that override the ones here.
+    stages: list[dict[str, Any]] = field(default_factory=list)  # empty: one stage, in the run folder itself
     model: Model = field(default_factory=lambda: Model(drop_path=0.1))
     data: Data = field(default_factory=Data)
     augment: Augment = field(
@@ -53,6 +55,15 @@ class Finetune:
                 "model.class_token is false, so there is no such token",
                 "use task.pool=mean",
             )
+        if self.task.frozen == "bf16" and self.engine.precision != "bf16":
+            raise ConfigError(
+                "task.frozen",
+                "bf16",
+                f"the forward runs in {self.engine.precision}",
+                "use engine.precision=bf16, or task.frozen=fp32",
+            )
+        if self.task.keep_best and not self.data.val:
+            raise ConfigError("task.keep_best", True, "nothing is evaluated", "name data.val, or task.keep_best=false")
         mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
         if mixes and 0 < self.task.mix_stride < self.data.repeats:
             raise ConfigError(

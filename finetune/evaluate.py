@@ -1,48 +1,152 @@
-"""Exact evaluation of a classifier: top-1, top-5, loss, accuracy and confusion by class."""
+"""Exact evaluation of a classifier: top-1, top-5, loss, calibration, accuracy and confusion by class."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
+from torch import Tensor
+from torchvision.io import write_png
 
 from halfseen import distributed, engines, optim
 from halfseen.checkpoint import read_weights
 from halfseen.classification import Classifier
-from halfseen.classification.evaluation import Normalise, Result, evaluate, open_val, worst
+from halfseen.classification.answers import Answers
+from halfseen.classification.evaluation import Normalise, Result, confusion_picture, evaluate, open_val, worst
+from halfseen.classification.gallery import Gallery
 from halfseen.config import ConfigError, load
+from halfseen.distributed import World
 from halfseen.models import ViT
+from halfseen.weights import initialise
 
+from . import predictions, stages
 from .config import Finetune
 
 
 def main(argv: Sequence[str]) -> int:
     """``halfseen evaluate RUN [key=value ...]``; returns the exit code. Works under torchrun."""
+    arguments = parse(argv)
+    predictions.refuse(arguments.predictions)
+    config = config_of(arguments.run, arguments.overrides)
+    if not config.data.val:
+        raise ConfigError("data.val", config.data.val, "names no evaluation set", "e.g. data.val=/data/imagenet/val")
+    answers = Answers.read(arguments.label_map, arguments.answers, config.data.classes)
+    weights = read_weights(weights_of(arguments.run, config), "ema" if arguments.ema else "model")
+    with distributed.started(config.engine.device) as world:
+        results: dict[int, Result] = {}
+        for size in arguments.sizes or [config.data.image_size]:
+            config.data.image_size = size
+            results[size] = once(config, weights, arguments, answers, world)
+            if world.main:
+                print(f"{size} px: {results[size]}" if arguments.sizes else results[size], flush=True)
+        if world.main:
+            last = results[config.data.image_size]
+            report(last, arguments.json, results if arguments.sizes else None)
+            if arguments.confusion:
+                write_png(confusion_picture(last.confusion), str(arguments.confusion))
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="halfseen evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="a fine-tuning run's folder, or one of its checkpoints")
     parser.add_argument("overrides", nargs="*", help="options, e.g. data.val=/data/other engine.device=cpu")
     parser.add_argument("--ema", action="store_true", help="evaluate the averaged weights")
     parser.add_argument("--batch", type=int, default=256, help="images per forward pass and rank (default 256)")
     parser.add_argument("--json", type=Path, help="write the numbers, with the confusion matrix, to this file")
-    arguments = parser.parse_intermixed_args(argv)
-    stored = find_config(arguments.run)
-    refuse_pretraining(stored)
-    # An engine for predicting alone: it keeps no average of weights. The folder may have moved since it was written.
-    config = load(Finetune, stored, [*arguments.overrides, "engine.ema=0"])
-    config.run.folder = str(stored.parent)
-    if not config.data.val:
-        raise ConfigError("data.val", config.data.val, "names no evaluation set", "e.g. data.val=/data/imagenet/val")
+    sizes = "evaluate at each of these sizes, e.g. 224,288,384 (positions are resampled)"
+    parser.add_argument("--sizes", type=numbers, default=[], help=sizes)
+    parser.add_argument("--label-map", type=Path, metavar="FILE", help="JSON: the class of each label of the set")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="JSON: every image's right classes (ReaL)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every prediction: .jsonl or .parquet")
+    parser.add_argument("--gallery", type=Path, metavar="PNG", help="draw the mistakes it is surest of")
+    parser.add_argument("--confusion", type=Path, metavar="PNG", help="draw the confusion matrix")
+    return parser.parse_intermixed_args(argv)
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers apart by commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def once(
+    config: Finetune, weights: dict[str, Tensor], arguments: argparse.Namespace, answers: Answers, world: World
+) -> Result:
+    """The evaluation at config.data.image_size. Collective."""
     student = Classifier(ViT(config.model, config.data.image_size), config.task, config.data.classes)
-    student.load_state_dict(read_weights(arguments.run, "ema" if arguments.ema else "model"))
-    with distributed.started(config.engine.device) as world:
-        groups = optim.groups(student, config.optim)
-        engine = engines.create(config.engine, student, config.optim, groups, world, config.run.seed)
-        batches, prepare = open_val(config, arguments.batch, world), Normalise(config, world.device)
-        result = evaluate(engine, batches, prepare, config.data.classes, world)
+    given = initialise(student, weights, coverage=1.0)
+    if given.new:
+        raise ConfigError("run", str(arguments.run), f"lacks {', '.join(given.new)}", "name a run of this config")
+    groups = optim.groups(student, config.optim)
+    engine = engines.create(config.engine, student, config.optim, groups, world, config.run.seed)
+    listed = predictions.Predictions() if arguments.predictions else None
+    gallery = Gallery(32, config.augment.mean, config.augment.std) if arguments.gallery else None
+    sinks = [sink for sink in (listed, gallery) if sink is not None]
+
+    def sink(*seen: Any) -> None:
+        for each in sinks:
+            each(*seen)
+
+    classes = config.data.classes
+    prepare = Normalise(config, world.device, answers.label_count(classes))
+    batches = open_val(config, arguments.batch, world)
+    result = evaluate(engine, batches, prepare, classes, world, answers=answers, sink=sink)
+    several = len(arguments.sizes) > 1
+    if listed is not None:
+        listed.write(named(arguments.predictions, config.data.image_size, several), world)
+    if gallery is not None:
+        picture = gallery.gather(world)
         if world.main:
-            report(result, arguments.json)
-    return 0
+            write_png(picture, str(named(arguments.gallery, config.data.image_size, several)))
+    return result
+
+
+def named(path: Path, size: int, several: bool) -> Path:
+    """A file's name, with the size in it if there are several."""
+    return path.with_name(f"{path.stem}_{size}{path.suffix}") if several else path
+
+
+def config_of(run: Path, overrides: Sequence[str]) -> Finetune:
+    """The run's config, for predicting alone: no averages are kept, nothing is frozen in another type."""
+    stored = find_config(run)
+    refuse_pretraining(stored)
+    with as_finetuning(stored) as recipe:
+        whole = load(Finetune, recipe)
+        if whole.stages:
+            return config_of(stages.last_of(stored.parent, whole), overrides)
+        config = load(Finetune, recipe, [*overrides, "engine.ema=0", "task.frozen=fp32", "task.recompute_mlp=false"])
+    config.run.folder = str(stored.parent)  # it may have moved since it was written
+    return config
+
+
+@contextmanager
+def as_finetuning(stored: Path) -> Iterator[Path]:
+    """A run's config as fine-tuning would have it: of a distilled classifier, the sections that both stages have."""
+    plain = yaml.safe_load(stored.read_text()) or {}
+    if plain.get("stage") != "distill":
+        yield stored
+        return
+    if plain.get("trunk", "vit") != "vit":
+        run = str(stored.parent)
+        raise ConfigError(
+            "run", run, "its trunk is no ViT, which is all this command builds", "see evaluation.json there"
+        )
+    shared = {name: value for name, value in plain.items() if name in {part.name for part in fields(Finetune)}}
+    with TemporaryDirectory() as folder:
+        recipe = Path(folder) / stored.name
+        recipe.write_text(yaml.safe_dump(shared | {"stage": "finetune"}))
+        yield recipe
+
+
+def weights_of(run: Path, config: Finetune) -> Path:
+    """Where the weights lie: what was named, or the last stage of a run that has several."""
+    return Path(config.run.folder) if (run / "config.yaml").is_file() else run
 
 
 def find_config(run: Path) -> Path:
@@ -66,12 +170,20 @@ def refuse_pretraining(stored: Path) -> None:
         )
 
 
-def report(result: Result, path: Path | None) -> None:
-    """Print the numbers and the worst classes; write them to a file if asked."""
-    print(result)
+def report(result: Result, path: Path | None, sizes: dict[int, Result] | None = None) -> None:
+    """Print the worst classes; write the numbers to a file if asked, those of other sizes beside them."""
     print("worst classes:  class  accuracy  images  most often taken for")
     for number, accuracy, count, instead in worst(result):
         print(f"{number:>21}  {accuracy:>8.1%}  {count:>6}  {instead if accuracy < 1 else '-':>5}")
     if path:
-        numbers = {"images": result.count, **result.scalars("val"), "confusion": result.confusion.tolist()}
-        path.write_text(json.dumps(numbers) + "\n")
+        written = plain(result)
+        if sizes:
+            written["sizes"] = {size: plain(found) for size, found in sizes.items()}
+        path.write_text(json.dumps(written) + "\n")
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """A result as JSON; a class without images has no accuracy."""
+    per_class = [None if value != value else value for value in result.per_class.tolist()]
+    numbers: dict[str, Any] = {"images": result.count, **result.scalars("val")}
+    return numbers | {"per_class": per_class, "confusion": result.confusion.tolist()}

@@ -4,29 +4,44 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from halfseen import data, distributed, stage
+from halfseen import data, distributed, selection, stage
 from halfseen.classification import Classifier
 from halfseen.classification.evaluation import Evaluations
 from halfseen.classification.prepare import Prepare
 from halfseen.data.transforms import finetune_transform
 from halfseen.distributed import World
+from halfseen.loop import Outcome
 from halfseen.models import ViT
 
+from . import stages
 from .config import Finetune
 
 SCHEMA = Finetune
+TRAINED = "trained.json"  # in the run folder: names, counts and bytes of what trains and what is frozen
 
 
 def main(argv: Sequence[str]) -> int:
     """``halfseen finetune RECIPE_OR_RUN key=value ...``; returns the exit code."""
-    opened = stage.open_run(SCHEMA, argv)
-    config, folder = opened.config, opened.folder
-    with distributed.started(config.engine.device) as world:
-        made = parts(config, world, folder)
-        stage.announce(config, folder, made, world)
-        evaluations = Evaluations(config, folder, made.batches.micro, world) if config.data.val else None
-        outcome = stage.run(opened, made, world, evaluate=evaluations)
+    plain, own = stages.split(argv)
+    opened = stage.open_run(SCHEMA, plain)
+    planned = stages.plan(opened.config, opened.folder, plain[1:], own)
+    with distributed.started(opened.config.engine.device) as world:
+        outcome = stages.run(opened, planned, world, train) if planned else train(opened, world)
     return stage.exit_code(outcome)
+
+
+def train(opened: stage.Opened[Finetune], world: World) -> Outcome:
+    """One stage in one folder: train, evaluate, save."""
+    config, folder = opened.config, opened.folder
+    made = parts(config, world, folder)
+    stage.announce(config, folder, made, world)
+    chosen = selection.describe(made.student, config.task.train)
+    if world.main:
+        print(f"trains    {chosen}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen.write(folder / TRAINED)
+    evaluations = Evaluations(config, folder, made.batches.micro, world) if config.data.val else None
+    return stage.run(opened, made, world, evaluate=evaluations)
 
 
 def parts(config: Finetune, world: World, folder: Path) -> stage.Parts:

@@ -10,15 +10,27 @@ from halfseen.config import ConfigError
 # name -> (module, what it does). Stages and tools are named as strings: the library never imports them.
 COMMANDS = {
     "pretrain": ("halfseen.pretrain.train", "pretrain from a recipe, or resume a run folder"),
+    "distill": ("halfseen.pretrain.distill.train", "train a student from a teacher, or resume a run folder"),
+    "teach": ("halfseen.tools.teach", "keep a teacher's answers on disk, for any number of distillation runs"),
     "finetune": ("halfseen.finetune.train", "fine-tune a classifier from a recipe, or resume a run folder"),
     "evaluate": ("halfseen.finetune.evaluate", "top-1, top-5 and per-class accuracy of a fine-tuned run"),
+    "segment": ("halfseen.finetune.segment", "train a head that names every pixel, on pictures with masks"),
+    "probe": ("halfseen.finetune.probe", "linear, attentive or nearest-neighbour probe of a frozen trunk"),
+    "launch": ("halfseen.launch.command", "start a stage, a sweep or a chain of stages on Slurm, or here"),
+    "status": ("halfseen.launch.status", "runs and their jobs: images, speed, ETA, checkpoints, restarts and why"),
+    "stop": ("halfseen.launch.stop", "let a run's job save and end, or end it at once"),
+    "logs": ("halfseen.launch.logs", "what a run's job prints, as it prints it with -f"),
+    "board": ("halfseen.launch.board", "TensorBoard over several runs"),
     "reconstruct": ("halfseen.tools.reconstruct", "draw masked | reconstructed | original from a pretraining run"),
+    "attention": ("halfseen.tools.attention", "draw what each head of a trained trunk looks at, and the rollout"),
     "recipes": ("halfseen.tools.recipes", "list the bundled recipes, or print one, or every option"),
     "shards": ("halfseen.tools.shards", "build, index, check and measure WebDataset shards"),
     "inspect": ("halfseen.tools.inspect_run", "what a run or checkpoint holds, what wrote it, and whether it is sound"),
-    "export": ("halfseen.tools.export", "one .safetensors file out of a run, in little memory"),
+    "export": ("halfseen.tools.export", "a run's weights as one file, or its trunk as ONNX or torch.export"),
+    "delta": ("halfseen.tools.delta", "what a fine-tuning changed: make, apply, info, stack; many tasks on one base"),
     "replay": ("halfseen.tools.replay", "run a step again that stopped a run, and name the culprit"),
-    "convert": ("halfseen.tools.convert", "weights: ours <-> MAE, DeiT, timm"),
+    "convert": ("halfseen.tools.convert", "weights: ours <-> timm, transformers, official projects; with a proof"),
+    "multiplex": ("halfseen.tools.multiplex", "weights of a trained trunk for one whose blocks share theirs"),
     "conformance": ("halfseen.tools.conformance", "compare this code with outputs of official implementations"),
     "bench": ("halfseen.tools.bench", "time the training step or the data path, against peers"),
     "demo": ("halfseen.tools.demo", "pretrain, fine-tune and compare with scratch on the embedded images"),
@@ -53,8 +65,9 @@ def expected() -> tuple[type[Exception], ...]:
     from halfseen.capsule import NotFinite
     from halfseen.data.ledger import TooManyBad
     from halfseen.data.reader import StaleIndex
+    from halfseen.loop import AnotherRank
 
-    return ConfigError, NotFinite, TooManyBad, StaleIndex, OSError
+    return ConfigError, NotFinite, TooManyBad, StaleIndex, AnotherRank, OSError
 
 
 def first_rank() -> bool:

@@ -29,6 +29,9 @@ class ConfigError(ValueError):
         self.key, self.value, self.reason, self.fix = key, value, reason, fix
         super().__init__(f"{key}={value!r}: {reason}\n  fix: {fix}")
 
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it passes from one process to another
+        return type(self), (self.key, self.value, self.reason, self.fix)
+
 
 # ---------------------------------------------------------------------------------------------------- sections
 
@@ -47,14 +50,38 @@ class Model:
     stem_norm: Literal["layer", "batch"] = "layer"  # norm inside hmlp and conv stems; batch is hMLP as published
     position: Literal["none", "learned", "sincos"] = "learned"  # absolute position embedding added to patches
     position_on_class: bool = True  # learned/sincos tables have a row for the class token (DeiT III has none)
+    relative: Literal["none", "shared", "block"] = "none"  # BEiT's bias on scores: a table for all blocks, or each
+    rope: bool = False  # queries and keys turned by row and column (rotary positions)
+    rope_base: float = 100.0  # slowest angle of rope is about 1/base per patch
+    irpe: Literal["none", "product", "euclidean", "quant", "cross"] = "none"  # iRPE: how offsets fall into buckets
+    irpe_on: Literal["q", "k", "v", "qk", "qv", "kv", "qkv"] = "k"  # iRPE: on queries, keys, values
+    irpe_mode: Literal["contextual", "bias"] = "contextual"  # iRPE: encodings times query or key, or added as they are
+    irpe_shared: bool = True  # iRPE: one table for all heads, else one per head
+    irpe_ratio: float = 1.9  # iRPE: c; offsets up to c patches have a bucket each, from 8c on they share one
+    # softmax over all tokens; reattention: its maps mixed across heads (DeepViT); strided: keys and values from a
+    # strided convolution of the grid; convolutional: a window around each patch (both from how-do-vits-work)
+    attention: Literal["softmax", "reattention", "strided", "convolutional"] = "softmax"  # DeepViT's; or over the grid
+    attention_stride: int = 2  # strided: keys and values come from a convolution of this kernel and stride
+    attention_kernel: int = 3  # convolutional: patches on a side of the window each patch looks at; odd
+    attention_dilation: int = 1  # convolutional: patches from one of the window to the next
+    attention_padding: Literal["masked", "zero"] = "masked"  # convolutional: places outside get no weight, or score 0
+    head_width: int | None = None  # strided, convolutional: channels of a head; None: width / heads
+    attention_blocks: list[int] = field(default_factory=list)  # blocks, from 0, whose attention is not softmax; []: all
+    head_mixing: Literal["none", "linear", "affine"] = "none"  # maps over heads around the softmax; affine: with bias
     class_token: bool = True  # prepend one learned token
+    distillation_token: bool = False  # one more learned token after the class token, for a teacher's answer (DeiT)
     registers: int = 0  # extra learned tokens without a meaning (Darcet et al., 2023)
+    peg: int = 0  # convolutions that tell positions (PEG, CPVT), one behind each of the first so many blocks
+    norm: Literal["layer", "power"] = "layer"  # norm of the blocks and the last one; power: PowerNorm
+    norm_place: Literal["pre", "post", "res_post"] = "pre"  # x + f(n(x)); n(x + f(x)), no last norm; x + n(f(x))
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: gated, hidden width 2/3, so that parameters stay as many
     parallel: int = 1  # branches per block: n attentions side by side, then n MLPs (Three things, eq. 2)
     share: int = 1  # consecutive blocks that share attention and MLP weights (MiniViT); depth must divide by it
     layer_scale: float | None = None  # initial value of the per-channel residual scale; None: no LayerScale
     drop_path: float = 0.0  # probability of dropping a whole sample's residual branch
     drop_path_shape: Literal["linear", "constant"] = "linear"  # ramp from 0 over depth, or the same everywhere
-    qkv_bias: bool = True  # bias on q, k and v
+    qkv_bias: bool = True  # bias on q, k and v; strided and convolutional attention have none
+    key_bias: bool = True  # with qkv_bias: bias on k too; BEiT has none there
     norm_eps: float = 1e-6  # LayerNorm epsilon
 
     def check(self, key: str) -> None:
@@ -62,9 +89,14 @@ class Model:
         positive(f"{key}.parallel", self.parallel)
         positive(f"{key}.share", self.share)
         between(f"{key}.drop_path", self.drop_path, 0.0, 0.99)
-        at_least(f"{key}.registers", self.registers, 0)
+        for name in ("registers", "peg"):
+            at_least(f"{key}.{name}", getattr(self, name), 0)
+        for name in ("irpe_ratio", "attention_stride", "attention_kernel", "attention_dilation"):
+            positive(f"{key}.{name}", getattr(self, name))
+        if not self.rope_base > 1:
+            raise ConfigError(f"{key}.rope_base", self.rope_base, "is not above 1", "use e.g. 100")
         positive(f"{key}.norm_eps", self.norm_eps)
-        for name in ("width", "depth", "heads", "patch", "mlp_ratio"):
+        for name in ("width", "depth", "heads", "head_width", "patch", "mlp_ratio"):
             if getattr(self, name) is not None:
                 positive(f"{key}.{name}", getattr(self, name))
 
@@ -120,7 +152,9 @@ class Augment:
 
     crop_scale: tuple[float, float] = (0.2, 1.0)  # random resized crop: share of the area, lowest and highest
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # width over height of the crop
+    simple_crop: bool = False  # instead: shorter side to the size, 4 reflected pixels around it, a crop of the size
     flip: float = 0.5  # probability of a left-right flip
+    three_augment: bool = False  # one of greyscale, solarisation, Gaussian blur, before the jitter (DeiT III)
     jitter: float = 0.0  # colour jitter strength (brightness, contrast, saturation); 0: off
     randaugment: str = ""  # timm's string, e.g. rand-m9-mstd0.5-inc1; empty: off
     erase: float = 0.0  # probability of random erasing (pixel noise)
@@ -158,12 +192,13 @@ class Optim:
     min_lr: float = 0.0  # absolute rate at the end of the schedule
     warmup: str = "40ep"  # duration of the linear ramp from warmup_lr
     warmup_lr: float = 0.0  # absolute rate at the first image
-    schedule: Literal["cosine", "constant", "timm"] = "cosine"  # after the warm-up; timm's cosine began with the run
+    schedule: Literal["cosine", "constant", "timm", "beit"] = "cosine"  # after the warm-up; timm's began with the run
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW and LAMB moments
     eps: float | None = None  # AdamW and LAMB denominator; None: 1e-8 for AdamW, 1e-6 for LAMB as in timm and apex
     momentum: float = 0.9  # LARS and SGD
     weight_decay: float = 0.05  # decoupled decay of tensors with two or more axes
     decay_tokens: bool = True  # decay class, mask and position tensors too (MAE pretraining does)
+    no_decay: list[str] = field(default_factory=list)  # more tensors without decay, by the last part of their names
     layer_decay: float = 1.0  # each block's rate is this times the next one's; 1: off
     clip: float | None = None  # largest gradient norm; None: no clipping
 
@@ -200,22 +235,48 @@ class Engine:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type of the forward; weights stay fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # recompute each block in the backward instead of keeping its activations
+    offload_activations: bool = False  # with recompute: each block's input waits in host memory for the backward
     compile: bool = False  # torch.compile each block
     shard_size: int = 0  # fsdp: ranks a shard group spans (HSDP); 0: all of them
     reshard: bool = True  # fsdp: free gathered weights between forward and backward
+    gather: Literal["fp32", "bf16"] = "fp32"  # fsdp: type in which blocks' weights travel; bf16: half the traffic
     zero_stage: Literal[0, 1, 2, 3] = 2  # deepspeed: shard nothing, moments, and gradients, and weights
-    offload: bool = False  # deepspeed: masters and moments in host memory, updated there
+    offload: bool = False  # fsdp, deepspeed: masters and moments in host memory, updated there
     extra: str = ""  # deepspeed: a JSON file with more of its options; those halfseen sets are refused there
-    fairscale: Literal["oss", "sharded"] = "oss"  # oss: moments sharded, under DDP; sharded: gradients too
+    fairscale: Literal["oss", "sharded", "full"] = "oss"  # sharded: moments; and gradients; and weights (CUDA only)
     ema: float = 0.0  # decay of the averaged weights; 0: none
+    ema_start: float = 0.0  # their decay at the first image
+    ema_ramp: str = "0"  # images (500k, 10M) over which the decay goes from ema_start to ema, linearly; 0: ema at once
     skip_budget: int = 10  # non-finite updates that may be skipped between two checkpoints
     rollback_budget: int = 2  # returns to the last checkpoint before the run stops with a capsule
 
     def check(self, key: str) -> None:
-        """Ranges."""
+        """Ranges, and no option of one engine under another that would ignore it."""
         between(f"{key}.ema", self.ema, 0.0, 0.9999999)
+        between(f"{key}.ema_start", self.ema_start, 0.0, 0.9999999)
+        duration(f"{key}.ema_ramp", self.ema_ramp)
         for name in ("shard_size", "skip_budget", "rollback_budget"):
             at_least(f"{key}.{name}", getattr(self, name), 0)
+        own = {"shard_size": ("fsdp",), "gather": ("fsdp",), "offload": ("fsdp", "deepspeed"), "extra": ("deepspeed",)}
+        for name, engines in own.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != default and self.name not in engines:
+                reason = f"is an option of {' and '.join(engines)}, and would be ignored by {self.name}"
+                fix = f"use {key}.name={engines[0]}, or {key}.{name}={str(default).lower() or chr(39) * 2}"
+                raise ConfigError(f"{key}.{name}", value, reason, fix)
+        if self.offload_activations and (self.compile or not self.recompute):
+            reason = "is about recomputed blocks, and not tested with compiled ones"
+            fix = f"use {key}.recompute=true {key}.compile=false"
+            raise ConfigError(f"{key}.offload_activations", True, reason, fix)
+        if self.gather == "bf16" and self.precision != "bf16":
+            reason = f"weights in bf16 under {key}.precision={self.precision} would only lose digits"
+            raise ConfigError(f"{key}.gather", self.gather, reason, f"use {key}.precision=bf16, or {key}.gather=fp32")
+
+    def ema_decay(self, position: int) -> float:
+        """The averages' decay in the update that starts at a position."""
+        ramp = duration("engine.ema_ramp", self.ema_ramp)
+        share = min(position / ramp, 1.0) if ramp else 1.0
+        return self.ema_start + (self.ema - self.ema_start) * share
 
 
 @dataclass
@@ -235,6 +296,7 @@ class Run:
     evaluate_every: str = "1ep"  # duration between evaluations (stages that evaluate)
     picture_every: str = "5%"  # duration between pictures in TensorBoard; 0: never
     init: str | None = None  # weights to start from: a run folder, a checkpoint, or a .safetensors/.pth file
+    init_part: Literal["model", "ema"] = "model"  # of a run or checkpoint: its weights, or their averages
     init_coverage: float = 0.9  # least share of the trunk's weights that init must fill
 
     def check(self, key: str) -> None:
@@ -249,6 +311,23 @@ class Run:
 
 
 @dataclass
+class Alarm:
+    """A scalar that must stay within bounds; looked at whenever the run logs."""
+
+    scalar: str = ""  # its name in metrics.jsonl, e.g. dead_codes or feature_rank
+    below: float | None = None  # alarm when its mean since the last log is below this
+    above: float | None = None  # or above this
+    after: str = "0"  # duration from the start without an alarm: images, or N% of run.images
+    stop: bool = False  # end the run, else warn once
+
+    def check(self, key: str) -> None:
+        """A name, and at least one bound."""
+        if not self.scalar or (self.below is None and self.above is None):
+            raise ConfigError(key, self.scalar, "names no scalar or no bound", "e.g. {scalar: feature_rank, below: 2}")
+        duration(f"{key}.after", self.after, total=100)
+
+
+@dataclass
 class Monitor:
     """What is reported, and where."""
 
@@ -256,6 +335,12 @@ class Monitor:
     histograms: bool = False  # weight histograms with each picture
     peak_tflops: float | None = None  # of one device, for MFU; None: bf16 peak of known GPUs (in fp32 too), else no MFU
     wait_warning: float = 0.1  # share of time spent waiting for data above which the run says it is loader-bound
+    alarms: list[Alarm] = field(default_factory=list)  # scalars to keep within bounds
+
+    def check(self, key: str) -> None:
+        """Each alarm's own."""
+        for number, alarm in enumerate(self.alarms):
+            alarm.check(f"{key}.alarms[{number}]")
 
 
 # ---------------------------------------------------------------------------------------------------- checks
@@ -385,7 +470,7 @@ def recipes() -> list[tuple[str, str]]:
     return found
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """The recipe and its bases as plain dictionaries, lowest precedence first."""
     path = path.resolve()
     if path in seen:
@@ -405,13 +490,13 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     layers: list[dict[str, Any]] = []
     for base in bases:
         here = path.parent / base
-        layers += _read(here if here.is_file() else find_recipe(base, base=True), (*seen, path))
+        layers += read_layers(here if here.is_file() else find_recipe(base, base=True), (*seen, path))
     return [*layers, content]
 
 
 def stage_of(recipe: Path) -> str:
     """The stage a recipe or a run's config.yaml is for: its ``stage:``, else a bundled one's folder, else empty."""
-    stated = [layer["stage"] for layer in _read(recipe) if "stage" in layer]
+    stated = [layer["stage"] for layer in read_layers(recipe) if "stage" in layer]
     folder = recipe.resolve().parent
     bundled = folder.parent == recipe_root().resolve() and f"{folder.name}/" not in BASES
     return str(stated[-1]) if stated else folder.name if bundled else ""
@@ -506,13 +591,23 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else (None,)
 
 
-def load(schema: type[Config], recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+# An option that an entry of a list must have -> what the entry is.
+LISTED: dict[str, type[Any]] = {"shards": Source, "scalar": Alarm}
+
+
+def load(
+    schema: type[Config],
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    mappings: Sequence[dict[str, Any]] = (),
+) -> Config:
     """Build a checked config.
 
-    recipe: path or bundled name; None starts from the defaults. overrides: ``key.sub=value`` strings.
+    recipe: path or bundled name; None starts from the defaults. mappings: more sections, as a recipe holds them, that
+    override it. overrides: ``key.sub=value`` strings, which override both.
     Raises ConfigError with the key, the value and the fix.
     """
-    layers = _read(find_recipe(str(recipe))) if recipe else []
+    layers = [*(read_layers(find_recipe(str(recipe))) if recipe else []), *mappings]
     options = [option for layer in layers for option in _options(schema, layer, "", _see(schema))]
     options += [option for override in overrides for option in _override(schema, override)]
     merged = OmegaConf.structured(schema)
@@ -521,8 +616,9 @@ def load(schema: type[Config], recipe: str | Path | None = None, overrides: Sequ
     try:
         for key, value in options:
             given[key] = value
-            if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-                value = [OmegaConf.merge(Source, entry) for entry in value]
+            for name, kind in LISTED.items():
+                if isinstance(value, list) and any(isinstance(entry, dict) and name in entry for entry in value):
+                    value = [OmegaConf.merge(kind, entry) for entry in value]
             OmegaConf.update(merged, key, value, merge=False)
         key = ""
         config = OmegaConf.to_object(merged)

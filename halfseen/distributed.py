@@ -2,11 +2,13 @@
 
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,10 @@ PATIENCE = timedelta(minutes=30)
 
 # Ports for jobs whose scheduler names none: below the range from which Linux hands out ports (32768).
 PORTS = range(15_000, 30_000)
+
+# Names a folder that all ranks see. There rank 0 tells the others which free port the system gave it, so two jobs on
+# one node never meet. `halfseen launch` sets it; a bare srun has none and computes a port from the job's number.
+MEETING = "HALFSEEN_MEETING"
 
 
 @dataclass
@@ -86,6 +92,7 @@ class Place:
     local_rank: int
     address: str
     port: int
+    attempt: str = field(default="", compare=False)  # job, step and restart; differs whenever a rendezvous does
 
 
 def place(environment: dict[str, str]) -> Place | None:
@@ -108,6 +115,7 @@ def place(environment: dict[str, str]) -> Place | None:
             _number(environment, "SUBMITIT_LOCAL_LOCALID"),
             "127.0.0.1",
             port_of(f"submitit {get('SUBMITIT_LOCAL_JOB_ID', '')}"),
+            f"local-{get('SUBMITIT_LOCAL_JOB_ID', '')}",
         )
     elif get("SLURM_STEP_NUM_TASKS") is not None and get("SLURM_PROCID") is not None:
         # Only srun sets SLURM_STEP_NUM_TASKS: a plain python in a batch script or an salloc shell is alone.
@@ -119,6 +127,7 @@ def place(environment: dict[str, str]) -> Place | None:
             get("MASTER_ADDR") or first_host(nodes),
             _number(environment, "MASTER_PORT", "0")
             or port_of(f"slurm {get('SLURM_JOB_ID', '')}.{get('SLURM_STEP_ID', '')}"),
+            f"{get('SLURM_JOB_ID', '')}.{get('SLURM_STEP_ID', '')}.{get('SLURM_RESTART_COUNT', '0')}",
         )
     else:
         return None
@@ -156,17 +165,48 @@ def start(device: str) -> World:
     chosen = choose_device(device, local_rank)
     if found is None or found.world == 1:
         return World(device=chosen)
+    folder = os.environ.get(MEETING)
+    meeting = Path(folder) / f"meeting-{found.attempt}" if folder and found.attempt else None
+    store = meet(meeting, found) if meeting else None
     dist.init_process_group(
         "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=f"tcp://{_bracketed(found.address)}:{found.port}",
+        init_method=None if store else f"tcp://{_bracketed(found.address)}:{found.port}",
+        store=store,
         rank=found.rank,
         world_size=found.world,
         timeout=PATIENCE,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    return World(
-        found.rank, found.world, local_rank, chosen, cast(Any, dist.new_group(backend="gloo", timeout=PATIENCE))
-    )
+    group = cast(Any, dist.new_group(backend="gloo", timeout=PATIENCE))
+    if meeting and found.rank == 0:
+        meeting.unlink(missing_ok=True)  # the new group needed every rank, so all have read it
+    return World(found.rank, found.world, local_rank, chosen, group)
+
+
+def meet(file: Path, found: Place, patience: timedelta = PATIENCE) -> dist.TCPStore:
+    """The store through which the ranks find each other: rank 0 opens it on a free port and says which in a file.
+
+    The system chooses the port in the moment of opening it, so there is no clash to try again after. ConfigError
+    if the file never appears.
+    """
+    if found.rank == 0:
+        store = dist.TCPStore(found.address, 0, found.world, True, PATIENCE, wait_for_workers=False)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(f"{store.port}\n")
+        os.replace(partial, file)
+        return store
+    deadline = time.monotonic() + patience.total_seconds()
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                MEETING,
+                str(file.parent),
+                f"rank 0 did not say its port there within {patience}",
+                "look at rank 0's log; if it runs, this node does not see the same folder: put the run on a shared one",
+            )
+        os.listdir(file.parent)  # makes a network file system look again
+        time.sleep(0.1)
+    return dist.TCPStore(found.address, int(file.read_text()), found.world, False, PATIENCE)
 
 
 def _bracketed(address: str) -> str:
@@ -179,8 +219,12 @@ def started(device: str) -> Iterator[World]:
     world = start(device)
     try:
         yield world
-    finally:
-        world.stop()
+    except BaseException:
+        # Leaving a group may wait for all of its ranks, and this one ends alone; its exit is what frees the others.
+        if world.world == 1:
+            world.stop()
+        raise
+    world.stop()
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:

@@ -21,12 +21,21 @@ Batch = dict[str, Any]
 BROKEN = 1 << 16  # above every signal's number: some rank cannot read its data
 
 
+class Alarmed(RuntimeError):
+    """A scalar left its bounds, and the config says that the run is then not worth continuing."""
+
+
+class AnotherRank(RuntimeError):
+    """This rank is sound, but one that it works with is not."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Where a run stands when the loop ends."""
 
     position: int  # images consumed
     stopped_by: str | None = None  # the signal's name; None when the run is complete
+    skipped: int = 0  # updates of the run that were not finite and never entered the weights
 
 
 def train(
@@ -49,18 +58,20 @@ def train(
     picture: Callable[[int], None] | None = None,
     meta: Callable[[int], dict[str, Any]] = lambda position: {},
     beat: Callable[[str, int], None] = lambda phase, position: None,
+    skipped: int = 0,
 ) -> Outcome:
     """Train from position start to total, both in images. Collective.
 
     batches(position) yields this rank's micro-batches from there on. evaluate(position) returns numbers to log.
     beat(phase, position) tells a watchdog that the run lives. A signal that any rank got ends the run between two
-    steps, saved. The end is always saved.
+    steps, saved. The end is always saved. skipped: updates skipped before start; a run of which no update at all was
+    applied never ends as complete, but with NotFinite and a capsule.
     """
 
     def again(at: int) -> capsule.Finding:
         return capsule.again(engine, batches(at), plan, prepare, schedule.rate(at), at)
 
-    guard = Guard(engine, plan, monitor, checkpoints, meta, again)
+    guard = Guard(engine, plan, monitor, checkpoints, meta, again, skipped)
     position, data = start, batches(start)
     with signals.Signals() as asked, checkpoints.writing():
         while position < total:
@@ -71,7 +82,7 @@ def train(
                 position = guard.save(position)
                 checkpoints.wait()
                 monitor.note(f"{signals.name(signal)}: saved at {position:,} of {total:,} images; run it again")
-                return Outcome(position, signals.name(signal))
+                return Outcome(position, signals.name(signal), guard.total)
             beat("step", position)
             scalars = engine.step(micro_batches, schedule.rate(position), position)
             position += plan.total
@@ -79,11 +90,14 @@ def train(
             monitor.step(position, shown, images=plan.total, waited=waited)
             if position >= total or due(position, plan.total, log_every):
                 beat("log", position)
-                monitor.flush(position)
+                if world.any(bool(monitor.flush(position))):
+                    raise Alarmed(f"an alarm of monitor.alarms ended the run at image {position:,}; rank 0 says which")
                 healthy = guard.examine(position)
                 if healthy != position:
                     position, data = healthy, batches(healthy)
                     continue
+                if position >= total:
+                    guard.conclude(position)
             with monitor.aside():
                 if evaluate and due(position, plan.total, evaluate_every, total):
                     beat("evaluate", position)
@@ -97,7 +111,7 @@ def train(
                     saved = guard.save(position)
                     if saved != position:
                         position, data = saved, batches(saved)
-    return Outcome(position)
+    return Outcome(position, None, guard.total)
 
 
 def due(position: int, step: int, every: int, total: int | None = None) -> bool:
@@ -145,7 +159,7 @@ def fetch(
     if failure:
         raise failure
     if message >= BROKEN:
-        raise RuntimeError("another rank could not read its data; that rank's message says why")
+        raise AnotherRank("another rank could not read its data; that rank's message says why")
     return micro_batches, waited, message
 
 
@@ -160,20 +174,36 @@ class Guard:
         checkpoints: Checkpoints,
         meta: Callable[[int], dict[str, Any]],
         again: Callable[[int], capsule.Finding],
+        before: int = 0,
     ) -> None:
         self.engine, self.plan, self.monitor, self.checkpoints = engine, plan, monitor, checkpoints
         self.meta = meta  # of a position: what a checkpoint there tells beside its tensors
         self.again = again  # takes the step at a position once more, watched
+        self.before = before  # updates skipped up to the last checkpoint
         self.skipped, self.first = 0, 0  # since the last checkpoint: how many updates, and where the first was
         self.returns = 0  # to the last checkpoint, in all
+
+    @property
+    def total(self) -> int:
+        """Updates that the run, as it stands, has skipped."""
+        return self.before + self.skipped
+
+    def conclude(self, position: int) -> None:
+        """At the end: say how many updates are missing; raise NotFinite if they all are."""
+        steps = position // self.plan.total
+        if steps and self.total >= steps:
+            raise self._stop(self.checkpoints.newest(), f"not one of the run's {steps:,} updates was applied")
+        if self.total:
+            self.monitor.note(f"{self.total:,} of the run's {steps:,} updates were skipped")
 
     def save(self, position: int) -> int:
         """Write a checkpoint if the steps since the last one were sound; returns where the run stands."""
         healthy = self.examine(position)
         if healthy == position:
             described = {"engine": self.engine.name, "aliases": self.engine.aliases, "seed": self.engine.seed}
+            described |= {"skipped": self.total}
             self.checkpoints.save(position, self.engine.state(), self.meta(position) | described)
-            self.skipped = 0
+            self.before, self.skipped = self.total, 0
         return healthy
 
     def examine(self, position: int) -> int:
@@ -208,7 +238,7 @@ class Guard:
         self.monitor.rewind(reached)
         return reached
 
-    def _stop(self, newest: Path | None) -> capsule.NotFinite:
+    def _stop(self, newest: Path | None, why: str = "") -> capsule.NotFinite:
         """Write the capsule, at once and then with what another look at the step showed."""
         told = (self.checkpoints, newest, self.engine, self.plan, self.first, self.skipped)
         path = capsule.write(*told)
@@ -218,8 +248,9 @@ class Guard:
             seen = str(finding)
         except Exception as error:  # whatever goes wrong in here, the run must end with the message below
             seen = f"another look at it failed: {error!r}"
+        why = why or f"{self.skipped} updates since the last checkpoint were not finite"
         return capsule.NotFinite(
-            f"{self.skipped} updates since the last checkpoint were not finite, the first at image {self.first:,}; "
+            f"{why}, the first at image {self.first:,}; "
             f"the run has gone back {self.returns} times; {seen}. The checkpoints are sound. "
             f"`halfseen replay {path}` runs that step again"
         )

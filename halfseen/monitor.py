@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfseen.config import ConfigError
+from halfseen.config import ConfigError, duration
 from halfseen.config import Monitor as Options
 from halfseen.distributed import World
 
@@ -108,6 +108,7 @@ class Monitor:
         self.asides: list[tuple[Any, Any]] = []  # begin and end of each time aside in the interval
         self.left: Any = None  # begin of the time aside that has not ended
         self.warned = False
+        self.alarmed: set[int] = set()  # alarms that have warned
         if not world.main:
             return
         self.peak = self._peak()
@@ -182,10 +183,13 @@ class Monitor:
             end.synchronize()
         return sum(begin.elapsed_time(end) for begin, end in asides) / 1e3
 
-    def flush(self, position: int) -> None:
-        """Write everything since the last flush: one host transfer."""
+    def flush(self, position: int) -> bool:
+        """Write everything since the last flush: one host transfer. Returns whether an alarm wants the run to stop.
+
+        Only rank 0 knows.
+        """
         if not self.world.main or not (self.pending or self.last):
-            return
+            return False
         values = self._collect() | self.last
         self.last = {}
         speed = self._speed()
@@ -196,6 +200,24 @@ class Monitor:
         else:
             print(self._line(position, values), flush=True)
         self._warn(speed)
+        return self._alarmed(position, values)
+
+    def _alarmed(self, position: int, values: Mapping[str, float]) -> bool:
+        """Warn of scalars out of their bounds, once each; returns whether one of them is to stop the run."""
+        stop = False
+        for number, alarm in enumerate(self.cfg.alarms):
+            value = values.get(alarm.scalar)
+            if value is None or position < duration("monitor.alarms.after", alarm.after, total=self.total):
+                continue
+            low, high = (alarm.below, alarm.above)
+            if (low is None or value >= low) and (high is None or value <= high):
+                continue
+            stop = stop or alarm.stop
+            if alarm.stop or number not in self.alarmed:
+                self.alarmed.add(number)
+                bound = f"below {low:g}" if low is not None and value < low else f"above {high:g}"
+                self.note(f"alarm     {alarm.scalar} = {value:.4g} is {bound} at {position:,} images (monitor.alarms)")
+        return stop
 
     def scalars(self, position: int, values: Mapping[str, float]) -> None:
         """Write numbers now, to metrics.jsonl and TensorBoard (under train/ unless the name says where)."""

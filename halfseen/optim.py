@@ -59,9 +59,9 @@ def groups(
 
     layer_of: name -> 0..layers, whose rate is cfg.layer_decay ** (layers - layer); None: one layer.
     Not decayed: tensors with fewer than two axes, biases, and the parameters whose own name (after the last
-    dot) is in exempt, which by default is TOKENS unless cfg.decay_tokens.
+    dot) is in exempt, which by default is cfg.no_decay, and TOKENS unless cfg.decay_tokens.
     """
-    exempt = (() if cfg.decay_tokens else TOKENS) if exempt is None else exempt
+    exempt = (*cfg.no_decay, *(() if cfg.decay_tokens else TOKENS)) if exempt is None else exempt
     found: dict[tuple[int, bool], Group] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
@@ -362,6 +362,18 @@ def timm_cosine(
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * time**k_decay / length**k_decay))
 
 
+def beit_cosine(
+    step: float, peak: float, *, total: float, warmup: float = 0.0, start: float = 0.0, floor: float = 0.0
+) -> float:
+    """BEiT's cosine, in steps: the last step of the warm-up has the peak already, and so has the first one after it.
+
+    The last step of all is one step of the cosine above floor.
+    """
+    if step < warmup:
+        return start + (peak - start) * step / (warmup - 1) if warmup > 1 else start
+    return cosine(step - warmup, peak, total=total - warmup, floor=floor)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate at every position (images consumed so far)."""
@@ -370,6 +382,7 @@ class Schedule:
     peak: float  # absolute rate after the warm-up
     warmup_images: float
     total_images: float
+    step_images: float = 1.0  # images of one update; schedule=beit counts steps
 
     def rate(self, position: float) -> float:
         """The rate of the update that starts at this position."""
@@ -380,4 +393,7 @@ class Schedule:
         warmup, start, floor = self.warmup_images, cfg.warmup_lr, cfg.min_lr
         if cfg.schedule == "timm":
             return timm_cosine(position, self.peak, length=self.total_images, warmup=warmup, start=start, floor=floor)
+        if cfg.schedule == "beit":
+            now, total, ramp = (images / self.step_images for images in (position, self.total_images, warmup))
+            return beit_cosine(now, self.peak, total=total, warmup=ramp, start=start, floor=floor)
         return cosine(position, self.peak, total=self.total_images, warmup=warmup, start=start, floor=floor)

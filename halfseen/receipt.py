@@ -134,8 +134,13 @@ def installed(name: str) -> str | None:
 
 
 def source() -> dict[str, Any] | None:
-    """Commit of the checkout this code runs from, and whether files differ; None for an installed package."""
+    """Commit of the checkout this code runs from, and whether files differ; None for an installed package.
+
+    Of a snapshot that `halfseen launch` took: those of the checkout at that time.
+    """
     root = Path(__file__).resolve().parents[1]
+    if (root / "snapshot.json").is_file():
+        return dict(json.loads((root / "snapshot.json").read_text()))
     if not (root / ".git").exists():
         return None
     try:

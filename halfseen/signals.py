@@ -18,6 +18,9 @@ class Signals:
 
     A child forked in here (a loader process) ignores them while this process lives: a scheduler signals the
     whole process group, and the last step still needs its data.
+
+    Entered inside another Signals, it begins with what that one has heard: a launcher enters one before the imports
+    and the process group, so a signal during start-up is not lost either.
     """
 
     def __init__(self) -> None:
@@ -29,6 +32,9 @@ class Signals:
     def __enter__(self) -> "Signals":
         for number in ASKING:
             self.before[number] = signal.signal(number, self._note)
+        outer = getattr(self.before[ASKING[0]], "__self__", None)
+        if isinstance(outer, Signals):
+            self.number, self.since = outer.number, outer.since
         return self
 
     def __exit__(

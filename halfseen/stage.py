@@ -13,8 +13,8 @@ from torch import nn
 from halfseen import engines, loop, optim, weights
 from halfseen.checkpoint import Checkpoints, read_weights
 from halfseen.config import Batches, ConfigError, changes, duration, find_recipe, load, stage_of, to_yaml
-from halfseen.data import ImageSet
-from halfseen.distributed import World
+from halfseen.data import ImageSet, reading
+from halfseen.distributed import World, place
 from halfseen.monitor import Monitor
 from halfseen.receipt import places, write_receipt
 from halfseen.watchdog import Watchdog
@@ -26,9 +26,14 @@ FREE = (
     "engine.name",
     "engine.device",
     "engine.recompute",
+    "engine.offload_activations",
     "engine.compile",
     "engine.shard_size",
     "engine.reshard",
+    "engine.zero_stage",
+    "engine.offload",
+    "engine.extra",
+    "engine.fairscale",
     "engine.skip_budget",
     "engine.rollback_budget",
     "data.train",  # the shards may have moved; their fingerprint decides
@@ -38,6 +43,11 @@ FREE = (
     "data.bad_limit",
     "data.cache",
     "data.cache_gib",
+    "teacher.micro_batch",
+    "teacher.channels_last",
+    "teacher.compile",
+    "store.folder",  # the answers may have moved; their description decides
+    "store.missing",
     "run.folder",
     "run.init",
     "run.micro_batch",
@@ -48,6 +58,9 @@ FREE = (
     "run.log_every",
     "run.evaluate_every",
     "run.picture_every",
+    "stages",  # each one's own folder says what it began with
+    "task.keep_best",
+    "online.",
     "monitor.",
 )
 
@@ -85,6 +98,19 @@ def open_run(schema: type[Stage], argv: Sequence[str]) -> Opened[Stage]:
         refuse_other_stage(name, recipe, "recipe", source, "halfseen {stage} " + source)
         config = load(schema, recipe, overrides)
         config.run.folder = config.run.folder or f"runs/{Path(source).stem}"
+    return open_config(schema, config)
+
+
+def open_config(schema: type[Stage], config: Any) -> Opened[Stage]:
+    """A checked config that names its folder, opened: ConfigError if the folder holds another run.
+
+    What this number of ranks makes impossible is refused here too, before any of them waits for another.
+    """
+    name = schema.__name__.lower()
+    launched = place(dict(os.environ))
+    engines.refuse(config.engine, config.optim, launched.world if launched else None)
+    if launched:
+        Batches.derive(config.run.global_batch, launched.world, config.run.micro_batch)
     folder = Path(config.run.folder)
     stored = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
@@ -211,7 +237,11 @@ def announce(config: Any, folder: Path, parts: "Parts", world: World) -> None:
 
 def initialise(student: nn.Module, config: Any, world: World) -> None:
     """Weights only, from run.init: never position, optimizer or averages."""
-    report = weights.initialise(student, read_weights(config.run.init), coverage=config.run.init_coverage)
+    try:
+        given = read_weights(config.run.init, config.run.init_part)
+    except ConfigError as refused:
+        raise ConfigError("run.init", config.run.init, refused.reason, refused.fix) from refused
+    report = weights.initialise(student, given, coverage=config.run.init_coverage)
     if world.main:
         print(report)
 
@@ -221,7 +251,8 @@ class Parts:
     """What a stage is made of, apart from the run: all that a step needs, whether it trains or is replayed.
 
     stream(start) yields this rank's micro-batches from a position on; prepare moves one to the device and adds mask
-    and target. layer_of and layers: layer-wise rates. A stage's ``parts(config, world, folder)`` makes them.
+    and target. layer_of and layers: layer-wise rates. begin: what a student takes from data before its first step,
+    called when no checkpoint is loaded. A stage's ``parts(config, world, folder)`` makes them.
     """
 
     student: nn.Module
@@ -232,17 +263,21 @@ class Parts:
     prepare: Callable[[dict[str, Any]], dict[str, Any]]
     layer_of: Callable[[str], int] | None = None
     layers: int = 0
+    begin: Callable[[], None] | None = None
+    groups: list[optim.Group] | None = None  # of parameters, where layers are not what tells their rates
 
     def schedule(self, config: Any) -> optim.Schedule:
         """The rate at every position."""
         peak = config.optim.peak(self.batches.total)
-        return optim.Schedule(config.optim, peak, self.spans.warmup, self.spans.total)
+        return optim.Schedule(config.optim, peak, self.spans.warmup, self.spans.total, self.batches.total)
 
     def engine(self, config: Any, world: World, fresh: bool) -> engines.Engine:
         """The student in its engine; fresh: no checkpoint will be loaded, so its weights are run.init's or random."""
         if fresh and config.run.init:
             initialise(self.student, config, world)
-        groups = optim.groups(self.student, config.optim, self.layer_of, self.layers)
+        if fresh and self.begin:
+            self.begin()
+        groups = self.groups or optim.groups(self.student, config.optim, self.layer_of, self.layers)
         return engines.create(config.engine, self.student, config.optim, groups, world, config.run.seed)
 
 
@@ -264,13 +299,13 @@ def run(
     # How the weights start: 1. this run's newest healthy checkpoint, 2. run.init, 3. random.
     newest = checkpoints.newest()
     engine = parts.engine(config, world, fresh=newest is None)
-    start = 0
+    start = skipped = 0
     if newest is not None:
         state = engine.state()
         meta = checkpoints.load(newest, state)
         refuse_other_data(meta, train_set)
         engine.load_state(state)
-        start = meta["position"]
+        start, skipped = meta["position"], meta.get("skipped", 0)
         if start % batches.total:
             raise ConfigError(
                 "run.global_batch",
@@ -295,7 +330,8 @@ def run(
     flops = float(cast(Any, parts.student).train_flops_per_image())
     monitor = Monitor(folder, config.monitor, total=spans.total, start=start, world=world, flops_per_image=flops)
     try:
-        with Watchdog(folder, config.run.stall_minutes, world) as watchdog:
+        reads = reading(train_set, config.data, config.run.seed, batches)
+        with Watchdog(folder, config.run.stall_minutes, world, reads) as watchdog:
             return loop.train(
                 engine=engine,
                 batches=parts.stream,
@@ -315,6 +351,7 @@ def run(
                 picture=picture and (lambda position: picture(engine, monitor, position)),
                 meta=lambda position: {"fingerprint": train_set.fingerprint, "config": to_yaml(config)},
                 beat=watchdog.beat,
+                skipped=skipped,
             )
     finally:
         monitor.close()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halfseen import layouts
 from halfseen.config import ConfigError
 from halfseen.models.positions import resize
+from halfseen.models.relative import PREFIX_ROWS, relative_rows, resize_relative
 
 
 @dataclass
@@ -58,6 +59,7 @@ def initialise(student: nn.Module, weights: Mapping[str, Tensor], *, coverage: f
     own = student.state_dict()
     report = Report(layout.name)
     report.resized |= fit_class_row(student.encoder, given)
+    report.resized |= unshare_relative(own, given)
     filled: dict[str, Tensor] = {}
     for name, value in own.items():
         if name not in given:
@@ -68,6 +70,9 @@ def initialise(student: nn.Module, weights: Mapping[str, Tensor], *, coverage: f
                 report.loaded.append(name)
         elif name.endswith("pos_embed") and given[name].shape[-1] == value.shape[-1]:
             filled[name], how = move_table(student.encoder, name, given[name], value.shape[1])
+            report.resized[name] = ", ".join(filter(None, (report.resized.get(name), how)))
+        elif name.endswith(RELATIVE) and given[name].shape[-1] == value.shape[-1]:
+            filled[name], how = move_relative(student.encoder, name, given[name], len(value))
             report.resized[name] = ", ".join(filter(None, (report.resized.get(name), how)))
         else:
             report.new[name] = f"given as {tuple(given[name].shape)}, needed as {tuple(value.shape)}"
@@ -112,12 +117,19 @@ def refuse_not_finite(weights: Mapping[str, Tensor]) -> None:
 def fit_class_row(trunk: Any, given: dict[str, Tensor]) -> dict[str, str]:
     """Give the trunk's table the zero class row it needs, or fold one without a place into the class token.
 
-    Both leave the trunk's function as it is: the row is only ever added to that token. Returns what was done.
+    The row of a distillation token goes with that token. All leave the trunk's function as it is: a row is only ever
+    added to its own token. Returns what was done.
     """
     name, token = "encoder.pos_embed", "encoder.cls_token"
     if name not in given or trunk.pos_embed is None or trunk.cls_token is None:
         return {}
     rows = rows_before_grid(given[name], trunk.position_rows, trunk.grid)
+    if rows == 2 and trunk.position_rows == 1:  # DeiT's distilled models, without their second token
+        given[name] = torch.cat([given[name][:, :1], given[name][:, 2:]], dim=1)
+        return {name: "distillation row left out"}
+    if rows == 1 and trunk.position_rows == 2:
+        given[name] = torch.cat([given[name][:, :1], torch.zeros_like(given[name][:, :1]), given[name][:, 1:]], dim=1)
+        return {name: "zero distillation row added"}
     if rows == 0 and trunk.position_rows == 1:
         given[name] = torch.cat([torch.zeros_like(given[name][:, :1]), given[name]], dim=1)
         return {name: "zero class row added"}
@@ -128,15 +140,69 @@ def fit_class_row(trunk: Any, given: dict[str, Tensor]) -> dict[str, str]:
     return {}
 
 
+RELATIVE = "relative_position_bias_table"
+
+
+def unshare_relative(own: Mapping[str, Tensor], given: dict[str, Tensor]) -> dict[str, str]:
+    """Give each block a copy of a relative table that all blocks shared, if the student has one per block (BEiT).
+
+    Neither changes what the trunk computes. Returns what was done.
+    """
+    shared = f"encoder.rel_pos_bias.{RELATIVE}"
+    if shared not in given or shared in own:
+        return {}
+    tables = [name for name in own if name.startswith("encoder.blocks.") and name.endswith(RELATIVE)]
+    table = given.pop(shared) if tables else given[shared]
+    given.update(dict.fromkeys(tables, table))
+    return dict.fromkeys(tables, "copied from the table of all blocks")
+
+
+def move_relative(trunk: Any, name: str, table: Tensor, needed: int) -> tuple[Tensor, str]:
+    """A relative position table resampled to the trunk's grid or window, and how. needed: rows of the student's own.
+
+    The given table is taken to be of a square grid. Rows about prefix tokens are copied; where the student has such
+    tokens and the given model had none they are zero, as at the start of training.
+    """
+    old, given_prefix = relative_grid(name, len(table), None)
+    new, prefix = relative_grid(name, needed, getattr(trunk, "grid", None))
+    moved = resize_relative(table, old, new)
+    rows = relative_rows(new, 0)
+    if prefix and not given_prefix:
+        moved = torch.cat([moved, moved.new_zeros(PREFIX_ROWS, moved.shape[1])])
+    how = f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+    return (moved if prefix else moved[:rows]), how
+
+
+def relative_grid(name: str, rows: int, expected: tuple[int, int] | None) -> tuple[tuple[int, int], bool]:
+    """The grid of a relative table of so many rows, and whether it has rows about prefix tokens.
+
+    The number of offsets of a grid is odd, so an even number of rows has the three. The grid is ``expected`` if that
+    fits, else a square.
+    """
+    prefix = rows % 2 == 0
+    offsets = rows - PREFIX_ROWS * prefix
+    if expected is not None and relative_rows(expected, 0) == offsets:
+        return expected, prefix
+    side = (math.isqrt(max(offsets, 0)) + 1) // 2
+    if side < 1 or relative_rows((side, side), 0) != offsets:
+        raise ConfigError(
+            "run.init",
+            name,
+            f"a relative position table of {rows} rows is no square grid, so it cannot be moved to another",
+            "pretrain and fine-tune on the same grid, or start from square images",
+        )
+    return (side, side), prefix
+
+
 def rows_before_grid(table: Tensor, expected: int, grid: tuple[int, int] | None = None) -> int:
     """How many rows of a table [1, rows, D] stand before its grid.
 
-    That is ``expected`` if the rest is the given grid or any square, else 0 or 1 if that leaves a square.
+    That is ``expected`` if the rest is the given grid or any square, else 0, 1 or 2 if that leaves a square.
     """
     rows = table.shape[1]
     if grid is not None and rows - expected == math.prod(grid):
         return expected
-    for prefix in (expected, 0, 1):
+    for prefix in (expected, 0, 1, 2):
         if math.isqrt(max(rows - prefix, 0)) ** 2 == rows - prefix > 0:
             return prefix
     raise ConfigError(

@@ -11,9 +11,11 @@ from halfseen.config import ConfigError, positive
 from halfseen.data.masks import split
 from halfseen.models import ViT
 from halfseen.models.block import Block
+from halfseen.models.linear import Linear
 from halfseen.models.positions import sincos
 from halfseen.models.vit import block_flops, initialise
 
+from .collapse import feature_rank
 from .targets import Target
 
 
@@ -58,12 +60,12 @@ class Decoder(nn.Module):
         super().__init__()
         width, hidden, eps = cfg.decoder_width, cfg.decoder_hidden, encoder.cfg.norm_eps
         table = sincos(width, encoder.grid, encoder.prefix)
-        self.embed = nn.Linear(encoder.width, width)
+        self.embed = Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, cfg.decoder_heads, hidden, eps=eps) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.pred = nn.Linear(width, predicted)
+        self.pred = Linear(width, predicted)
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -74,7 +76,8 @@ class MAE(nn.Module):
     forward takes image float [B, 3, S, S], mask bool [B, N] with exactly ``hidden`` True per row, and target
     [B, N, ...] as the target makes it, and returns what target.loss makes of the hidden patches. With
     task="predict" no target is needed, and it returns {"prediction": [B, N, target.width],
-    "latent": [B, prefix + visible, D]}, latent tokens in ascending order.
+    "latent": [B, prefix + visible, D]}, latent tokens in ascending order. With task="features" nothing is hidden or
+    predicted: {"latent": [B, prefix + N, D]}.
     """
 
     def __init__(self, encoder: ViT, cfg: MAEConfig, hidden: int, target: Target) -> None:
@@ -87,6 +90,8 @@ class MAE(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See the class."""
+        if batch.get("task") == "features":
+            return {"latent": self.encoder(batch["image"])}
         visible, hidden = split(batch["mask"], self.visible)
         latent = self.encoder(batch["image"], index=visible)
         if batch.get("task") == "predict":
@@ -98,7 +103,8 @@ class MAE(nn.Module):
         # Only hidden patches are compared, so nothing else is computed from the last attention on.
         tokens = self._decode(latent, visible, hidden, last=self.hidden)
         prediction = self.decoder.pred(self.decoder.norm(tokens))
-        return self.criterion(prediction, _rows(batch["target"], hidden))
+        scalars = self.criterion(prediction, _rows(batch["target"], hidden))
+        return scalars | {"feature_rank": feature_rank(latent.mean(1))}
 
     def _decode(self, latent: Tensor, visible: Tensor, hidden: Tensor, last: int | None) -> Tensor:
         """Decoder tokens [B, prefix + N, Dd] in the order prefix, visible, hidden; or the last ones alone.

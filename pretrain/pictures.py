@@ -29,22 +29,35 @@ def triplets(
     are the image's own. With norm_pix a prediction is relative to its patch's mean and deviation, which are taken
     from the original: the picture shows what structure was predicted, not whether brightness could be.
     """
-    grid = (image.shape[2] // patch, image.shape[3] // patch)
     patches = patchify(image.float(), patch)
     predicted = prediction.float()
     if norm_pix:
         _, centre, deviation = standardise(patches)
         predicted = predicted * deviation + centre
-    hidden = mask[:, :, None]
-    restored = unpatchify(torch.where(hidden, predicted, patches), patch, grid)
-    cover = unpatchify(hidden.expand_as(patches), patch, grid)
+    grid = (image.shape[2] // patch, image.shape[3] // patch)
+    restored = unpatchify(torch.where(mask[:, :, None], predicted, patches), patch, grid)
+    masked, original = covered(image, mask, patch, mean, std)
+    return sheet([masked, brightness(restored, mean, std), original])
 
-    def brightness(picture: Tensor) -> Tensor:
-        shape = (1, 3, 1, 1)
-        return picture * picture.new_tensor(std).view(shape) + picture.new_tensor(mean).view(shape)
 
-    original = brightness(image.float())
-    columns = [original.masked_fill(cover, GREY), brightness(restored), original]
+def covered(
+    image: Tensor, mask: Tensor, patch: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Brightness of normalised images [B, 3, H, W] with hidden patches grey, and as they are."""
+    grid = (image.shape[2] // patch, image.shape[3] // patch)
+    cover = mask.view(-1, 1, *grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    original = brightness(image.float(), mean, std)
+    return original.masked_fill(cover, GREY), original
+
+
+def brightness(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of normalisation: [B, 3, H, W], mostly within 0..1."""
+    shape = (1, 3, 1, 1)
+    return image * image.new_tensor(std).view(shape) + image.new_tensor(mean).view(shape)
+
+
+def sheet(columns: Sequence[Tensor]) -> Tensor:
+    """Columns of pictures [B, 3, H, W] in 0..1, one row per image -> uint8 [3, height, width] on the CPU."""
     rows = torch.cat([F.pad(column, (GAP, 0, GAP, 0), value=1.0) for column in columns], dim=3)
-    sheet = F.pad(torch.cat(list(rows), dim=1), (0, GAP, 0, GAP), value=1.0)
-    return (sheet.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    whole = F.pad(torch.cat(list(rows), dim=1), (0, GAP, 0, GAP), value=1.0)
+    return (whole.clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed
+from torch import nn
 
 from halfseen import data, distributed, stage
 from halfseen.config import Batches
-from halfseen.data.transforms import normalise, pretrain_transform
+from halfseen.data.transforms import Transform, normalise, pretrain_transform
 from halfseen.distributed import World
 from halfseen.engines import Engine
 from halfseen.monitor import Monitor
 
 from . import masks, objectives, targets
 from .config import Pretrain
+from .online import Neighbours
 from .targets import Target
 
 SCHEMA = Pretrain
@@ -29,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         made = parts(config, world, folder)
         stage.announce(config, folder, made, world)
         picture = Pictures(config, cast(Prepare, made.prepare), lambda: first_images(config, made.train_set))
-        outcome = stage.run(opened, made, world, picture=picture)
+        probe = Neighbours(config, made.student, world) if config.online.k else None
+        outcome = stage.run(opened, made, world, evaluate=probe, picture=picture)
     return stage.exit_code(outcome)
 
 
@@ -47,31 +51,58 @@ def parts(config: Pretrain, world: World, folder: Path) -> stage.Parts:
         return data.train_batches(
             train_set,
             config.data,
-            pretrain_transform(config.augment, config.data.image_size),
+            transform_of(config),
             seed=config.run.seed,
             start=start,
             plan=batches,
             rank=world.rank,
             ledger=folder / "ledger.jsonl",
             pin=world.device.type == "cuda",
+            mask=masks.host(config),
         )
 
-    return stage.Parts(student, train_set, batches, spans, stream, prepare)
+    def begin() -> None:
+        begin_with(student, lambda count: prepare(first_images(config, train_set, count)), world)
+
+    return stage.Parts(student, train_set, batches, spans, stream, prepare, begin=begin)
 
 
-def first_images(config: Pretrain, train_set: data.ImageSet) -> dict[str, Any]:
-    """The run's first four images, the same on every rank."""
-    transform = pretrain_transform(config.augment, config.data.image_size)
+def begin_with(student: nn.Module, first: Callable[[int], dict[str, Any]], world: World) -> None:
+    """Let a student that starts from data (VQ-KD's codebook) see the run's first images.
+
+    Rank 0 looks, and all have the result. So the start depends neither on the number of ranks nor on how a batch is
+    split. first(count): prepared images.
+    """
+    count = getattr(student, "starts_from", 0)
+    if not count:
+        return
+    student.to(world.device)
+    if world.main:
+        cast(Any, student).begin(first(count))
+    if world.world > 1:
+        for buffer in student.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def transform_of(config: Pretrain) -> Transform:
+    """What is made of each image: a crop, and where a tokenizer sees it at another size, that as well."""
+    view = config.target.codes.image_size if config.target.name == "codes" else 0
+    return pretrain_transform(config.augment, config.data.image_size, view or None)
+
+
+def first_images(config: Pretrain, train_set: data.ImageSet, count: int = 4) -> dict[str, Any]:
+    """The run's first images, the same on every rank."""
     settings = replace(config.data, workers=0)
-    plan = Batches(4, 1, 4, 1)
+    plan = Batches(count, 1, count, 1)
+    transform = transform_of(config)
     return next(data.train_batches(train_set, settings, transform, seed=config.run.seed, start=0, plan=plan, rank=0))
 
 
 class Prepare:
     """Micro-batch from the loader to what the student takes, on the device.
 
-    Adds image float32 [B,3,S,S] normalised, mask bool [B,N] (True = hidden) and target, all functions of
-    (seed, position) and the image alone.
+    Adds image float32 [B,3,S,S] normalised, mask bool [B,N] (True = hidden), the tokenizer's view of the same crop
+    where it has one, and target, all functions of (seed, position) and the image alone.
     """
 
     def __init__(self, config: Pretrain, target: Target, device: torch.device) -> None:
@@ -81,12 +112,17 @@ class Prepare:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         image = batch["image"].to(self.device, non_blocking=True)
         position = batch["position"].to(self.device, non_blocking=True)
-        prepared = {
-            "image": normalise(image, self.config.augment.mean, self.config.augment.std),
-            "mask": self.mask(self.config.run.seed, position),
-            "position": position,
-        }
-        return prepared | {"target": self.target(prepared)}
+        drawn, view = batch.get("mask"), batch.get("view")
+        statistics = (self.config.augment.mean, self.config.augment.std)
+        prepared = {"image": normalise(image, *statistics), "position": position}
+        if drawn is None:
+            prepared["mask"] = self.mask(self.config.run.seed, position)
+        else:  # by the loader's workers, where the device cannot
+            prepared["mask"] = drawn.to(self.device, non_blocking=True)
+        if view is not None:
+            prepared["view"] = normalise(view.to(self.device, non_blocking=True), *statistics)
+        answer = self.target(prepared)
+        return prepared if answer is None else prepared | {"target": answer}
 
 
 class Pictures:
@@ -100,8 +136,9 @@ class Pictures:
         # Every rank draws the same images: prediction is collective under sharding engines.
         if self.batch is None:
             self.batch = self.prepare(self.examples())
-        prediction = engine.predict(self.batch)["prediction"]
-        picture = self.prepare.target.picture(self.batch, prediction, self.config.augment)
+        (batch,) = engine.taught([self.batch])
+        prediction = engine.predict(batch)["prediction"]
+        picture = self.prepare.target.picture(batch, prediction, self.config.augment)
         monitor.picture(position, "reconstruction", picture)
         if self.config.monitor.histograms:
             for name, weight in engine.weights().items():

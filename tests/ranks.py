@@ -32,6 +32,7 @@ PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every initialize: seconds
     "fairscale.optim.oss",
     "fairscale.nn.data_parallel",
+    "timm",
 ]
 
 

@@ -48,8 +48,10 @@ def test_a_refused_option_is_a_short_message_not_a_traceback():
 
 def test_recipes_lists_what_can_be_run_apart_from_bases():
     runs, _, bases = command("recipes").stdout.partition("\n\nbases for other recipes:\n")
-    assert {line.split("/")[0] for line in runs.splitlines()} == {"pretrain", "finetune"}
+    assert {line.split("/")[0] for line in runs.splitlines()} == {"pretrain", "distill", "finetune", "segment"}
+    bases, _, resources = bases.partition("\n\nresources and chains for halfseen launch:\n")
     assert {line.split("/")[0] for line in bases.splitlines()} == {"data", "engine"}
+    assert {line.split("/")[0] for line in resources.splitlines()} == {"launch"}
 
 
 def test_recipes_lists_and_describes():

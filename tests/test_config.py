@@ -212,10 +212,11 @@ def test_an_indivisible_global_batch_is_refused_with_the_nearest_one():
 
 def test_every_recipe_has_a_line_and_loads():
     from halfseen.finetune.config import Finetune
+    from halfseen.pretrain.distill.config import Distill
 
     listed = recipes()
     assert len(listed) >= 8
-    schemas = {"pretrain": Pretrain, "finetune": Finetune}
+    schemas = {"pretrain": Pretrain, "distill": Distill, "finetune": Finetune}
     for name, line in listed:
         assert len(line) > 20, name
         folder = name.split("/")[0]
@@ -225,7 +226,7 @@ def test_every_recipe_has_a_line_and_loads():
 
 def test_every_stage_recipe_tells_its_command_and_result():
     for name, _ in recipes():
-        if name.startswith(("pretrain/", "finetune/")):
+        if name.startswith(("pretrain/", "distill/", "finetune/")):
             head = find_recipe(name).read_text().split("\n\n")[0]
             assert "halfseen" in head, name
             assert name in head, name

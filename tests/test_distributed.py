@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import ranks
@@ -155,3 +156,41 @@ def test_torchrun_starts_it(tmp_path):
     assert result.returncode == 0, result.stderr
     answers = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert answers == {"0": "[0, 1] True", "1": "[0, 1] False"}
+
+
+def gathered(world):
+    return world.gather_object(world.rank)
+
+
+def joined(world, folder):
+    """Leave the test's group and meet again through a folder, as a launched job does, and again, as after a requeue."""
+    seen = []
+    for attempt in ("7.0.0", "7.0.1"):
+        world.stop()
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        job, step, restart = attempt.split(".")
+        os.environ |= {
+            "SLURM_PROCID": str(world.rank),
+            "SLURM_STEP_NUM_TASKS": str(world.world),
+            "SLURM_STEP_NODELIST": "127.0.0.1",
+            "SLURM_JOB_ID": job,
+            "SLURM_STEP_ID": step,
+            "SLURM_RESTART_COUNT": restart,
+            distributed.MEETING: str(folder),
+        }
+        world = distributed.start("cpu")
+        seen.append(gathered(world))
+        world.barrier()
+    world.stop()
+    return seen
+
+
+def test_launched_ranks_meet_on_a_port_the_system_chose(tmp_path):
+    assert ranks.run(joined, 2, tmp_path) == [[[0, 1], [0, 1]]] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_hears_nothing_of_rank_0_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="did not say its port"):
+        distributed.meet(tmp_path / "meeting-1", Place(1, 2, 0, "127.0.0.1", 0), timedelta(seconds=0.2))

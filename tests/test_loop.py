@@ -321,8 +321,8 @@ def poisoned(*positions):
 
 def test_a_skip_within_the_budget_is_noted_and_the_run_goes_on(tmp_path):
     outcome, _, log = train(tmp_path, World(), 8 * TOTAL, data=poisoned(TOTAL + 3), skip_budget=1)
-    assert outcome == loop.Outcome(8 * TOTAL)
-    assert len(log.notes) == 1
+    assert outcome == loop.Outcome(8 * TOTAL, skipped=1)
+    assert len(log.notes) == 2
     assert f"first at {TOTAL:,}" in log.notes[0]
     assert not (tmp_path / "capsules").exists()
 
@@ -330,8 +330,25 @@ def test_a_skip_within_the_budget_is_noted_and_the_run_goes_on(tmp_path):
 def test_the_budget_is_counted_between_checkpoints(tmp_path):
     bad = [TOTAL, 4 * TOTAL, 7 * TOTAL]  # one in each interval of three steps
     outcome, _, log = train(tmp_path, World(), 9 * TOTAL, data=poisoned(*bad), skip_budget=1)
-    assert outcome == loop.Outcome(9 * TOTAL)
-    assert len(log.notes) == 3
+    assert outcome == loop.Outcome(9 * TOTAL, skipped=3)
+    assert len(log.notes) == 4
+    assert log.notes[-1] == "3 of the run's 9 updates were skipped"
+
+
+def test_the_count_of_skipped_updates_outlives_a_restart(tmp_path):
+    train(tmp_path, World(), 5 * TOTAL, data=poisoned(TOTAL))
+    outcome, _, log = train(tmp_path, World(), 9 * TOTAL, data=poisoned(7 * TOTAL))
+    assert outcome == loop.Outcome(9 * TOTAL, skipped=2)
+    assert log.notes[-1] == "2 of the run's 9 updates were skipped"
+
+
+def test_a_run_without_a_single_update_never_ends_as_complete(tmp_path):
+    """Within the budget everywhere, started twice: still nothing was learned."""
+    for _ in range(2):
+        with pytest.raises(capsule.NotFinite, match="not one of the run's 7 updates was applied"):
+            train(tmp_path, World(), 7 * TOTAL, data=poisoned(*range(0, 7 * TOTAL, TOTAL)), skip_budget=5)
+        assert names(tmp_path)[-1] == f"img_{6 * TOTAL:012d}"  # the end was not saved
+    assert list((tmp_path / "capsules").iterdir())
 
 
 def test_a_passing_fault_is_healed_by_going_back(tmp_path):

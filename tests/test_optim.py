@@ -85,6 +85,13 @@ def test_vectors_and_biases_are_not_decayed_and_tokens_as_asked(toy, decay_token
     assert found["encoder.norm.weight"].weight_decay == 0.0
 
 
+def test_tensors_named_in_no_decay_are_not_decayed_beside_the_tokens(toy):
+    plain = optim.groups(toy, config.Optim(no_decay=["weight"]))
+    assert {name for group in plain if group.weight_decay for name in group.names} == {"encoder.cls_token"}
+    both = optim.groups(toy, config.Optim(no_decay=["weight"], decay_tokens=False))
+    assert not any(group.weight_decay for group in both)
+
+
 @pytest.mark.parametrize(("rule", "norm"), [("mae", 1.0), ("timm", 0.5)])
 def test_layer_decay_scales_each_layer_and_the_rules_differ_in_the_final_norm_only(toy, rule, norm):
     found = by_name(optim.groups(toy, settings(layer_decay=0.5), optim.trunk_layers(2, rule), 3))
@@ -241,6 +248,16 @@ def test_timms_schedule_drops_onto_its_cosine_after_the_warmup():
     unwarmed = optim.Schedule(cfg, 1e-3, 0, 3000)
     assert schedule.rate(500 - 1e-9) == pytest.approx(1e-3)
     assert schedule.rate(500) == unwarmed.rate(500) < 0.95e-3
+
+
+def test_beits_warmup_reaches_the_peak_in_its_last_step_and_the_floor_is_never_reached():
+    cfg = settings(base_lr=None, lr=1.0, min_lr=0.1, schedule="beit")
+    schedule = optim.Schedule(cfg, 1.0, 5 * 32, 20 * 32, 32)
+    rates = [schedule.rate(step * 32) for step in range(20)]
+    assert rates[:6] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0.1 < rates[-1] < 0.12
+    assert optim.beit_cosine(0, 1.0, total=4, warmup=1, start=0.3) == 0.3, "one step of warm-up has only its start"
 
 
 def test_restarts_follow_timms_scheduler():

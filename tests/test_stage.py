@@ -57,3 +57,31 @@ def test_impossible_durations_are_refused(tmp_path, override, key):
 def test_the_run_ends_on_a_whole_step(tmp_path):
     config = load(Pretrain, "pretrain/demo", [*TINY, "run.images=100", "run.global_batch=48", "optim.warmup=0"])
     assert pretraining.parts(config, World(), tmp_path).spans.total == 144
+
+
+def test_weights_that_are_none_are_refused_under_the_option_that_named_them(tmp_path):
+    junk = tmp_path / "junk.safetensors"
+    junk.write_bytes(b"no weights at all")
+    config = load(Pretrain, "pretrain/demo", [*TINY, f"run.init={junk}"])
+    with pytest.raises(ConfigError) as refused:
+        stage.initialise(None, config, World())
+    assert (refused.value.key, refused.value.value) == ("run.init", str(junk))
+
+
+def test_what_the_number_of_ranks_makes_impossible_is_refused_before_they_meet(monkeypatch, tmp_path):
+    """No rank waits for another to hear it: the launcher's variables are enough."""
+
+    def refused(*options):
+        with pytest.raises(ConfigError) as error:
+            stage.open_run(Pretrain, ["pretrain/demo", f"run.folder={tmp_path / 'run'}", *options])
+        return error.value.key
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert refused("run.global_batch=16") == "run.global_batch"
+    assert refused("engine.name=single") == "engine.name"
+    assert refused("engine.name=fsdp", "engine.shard_size=2") == "engine.shard_size"
+    assert refused("engine.name=deepspeed", "optim.name=lamb") == "optim.name"
+    assert refused("engine.name=deepspeed", "engine.extra=/nowhere.json") == "engine.extra"
+    assert refused("engine.offload=true") == "engine.offload"
+    assert not (tmp_path / "run").exists()

@@ -7,18 +7,23 @@ import time
 
 import pytest
 import ranks
+import torch
 from toys import TOTAL, stream
 from trainee import LONGEST, train
 
+from halfseen import watchdog
 from halfseen.distributed import World, started
+from halfseen.loop import AnotherRank
 from halfseen.watchdog import STALLED, Watchdog, verdict
 
 SECONDS = 2.0
+STATED = 30.0  # seconds within which every rank ends after the first has noticed
 
 
 def one_of_two(folder, rank, port):
     """Rank 1 never gets the data of its third step."""
     os.environ.update(ranks.environment(rank, 2, port))
+    watchdog.LOOK = 0.25
 
     def data(plan, rank, start):
         for count, batch in enumerate(stream(plan, rank, start)):
@@ -29,20 +34,24 @@ def one_of_two(folder, rank, port):
     told = os.open(folder / f"told_{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(told, 2)
     with started("cpu") as world:
-        train(folder, world, LONGEST, data=data, minutes=SECONDS / 60)
+        train(folder, world, LONGEST, data=data, minutes=SECONDS / 60, reading=words)
     return 0
+
+
+def words(rank, position, number):
+    return f"what {rank} needs for {position}.{number}"
 
 
 def test_a_stall_names_the_late_rank_and_ends_every_rank(tmp_path):
     port = ranks.free_port()
     processes = [ranks.begin(one_of_two, tmp_path, rank, port) for rank in range(2)]
     for process in processes:
-        process.join(60)
+        process.join(SECONDS + STATED)
         assert process.exitcode == STALLED
     first = (tmp_path / "told_0").read_text()
     assert "rank 0 stands still" in first
     assert "stalled: late is rank 1 " in first
-    assert f"in phase 'data' at {2 * TOTAL}" in first
+    assert f"in phase 'data' at {2 * TOTAL}, reading what 1 needs for {2 * TOTAL}.1;" in first
     stacks = [(tmp_path / f"stall_rank_{rank}.txt").read_text() for rank in range(2)]
     assert "phase agree" in stacks[0]
     assert "largest" in stacks[0]  # where rank 0 waits for rank 1
@@ -80,7 +89,7 @@ def test_a_disk_that_fails_is_told_and_survived(tmp_path, capsys):
 
 def heartbeats(folder, *beats):
     for rank, count in enumerate(beats):
-        content = {"rank": rank, "host": "h", "pid": 1, "phase": "step", "position": 7, "beats": count}
+        content = {"rank": rank, "host": "h", "pid": 1, "phase": "step", "position": 7, "turn": 0, "beats": count}
         if count is not None:
             (folder / f"rank_{rank}.json").write_text(json.dumps(content))
 
@@ -97,3 +106,67 @@ def heartbeats(folder, *beats):
 def test_the_late_ranks_are_those_with_the_fewest_beats(tmp_path, beats, said):
     heartbeats(tmp_path, *beats)
     assert said in verdict(tmp_path, 3)
+
+
+# ------------------------------------------------------------------------------------------ one rank fails
+
+
+def failing(folder, rank, port, deaf):
+    """Rank 1 fails inside its third step; rank 0 waits for it, or, deaf, for something that never comes."""
+    os.environ.update(ranks.environment(rank, 2, port))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    watchdog.LOOK, watchdog.ALONE = 0.25, 0.5
+    os.dup2(os.open(folder / f"told_{rank}", os.O_CREAT | os.O_WRONLY), 2)
+
+    def broken(engine):
+        forward = engine.forward
+
+        def raises(batch):
+            if engine.world.rank == 1 and int(batch["position"][0]) >= 2 * TOTAL:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+            if engine.world.rank == 0 and deaf and int(batch["position"][0]) >= 2 * TOTAL:
+                threading.Event().wait()
+            return forward(batch)
+
+        engine.forward = raises
+        return engine
+
+    with started("cpu") as world:
+        train(folder, world, LONGEST, minutes=10, change=broken)
+    return 0
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_failure_inside_the_step_of_one_rank_ends_all_and_is_named(tmp_path, deaf):
+    """Not after the watchdog's ten minutes: at once, or, where a rank hears nothing, in the time that ALONE allows."""
+    port = ranks.free_port()
+    processes = [ranks.begin(failing, tmp_path, rank, port, deaf) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 1
+    cause = f"in phase 'step' at {2 * TOTAL}: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n"
+    first = (tmp_path / "failed.txt").read_text()
+    assert first.startswith("rank 1 (")
+    assert first.endswith(cause)
+    for rank in range(2):
+        assert f"first to fail was {first}" in (tmp_path / f"told_{rank}").read_text()
+    assert not list(tmp_path.glob("stall_rank_*"))
+
+
+def test_the_first_failure_is_kept_and_a_new_start_forgets_it(tmp_path, capsys):
+    def fails(rank, error):
+        watchdog = Watchdog(tmp_path, 0, World(rank, 2))
+        watchdog.beat("step", 24)
+        with pytest.raises(type(error)), watchdog:
+            raise error
+
+    fails(1, AnotherRank("rank 0 could not read"))  # no cause of its own
+    assert not (tmp_path / "failed.txt").exists()
+    fails(1, ValueError("the first"))
+    text = (tmp_path / "failed.txt").read_text()
+    assert "rank 1 (" in text
+    fails(1, RuntimeError("what follows"))
+    assert (tmp_path / "failed.txt").read_text() == text
+    with Watchdog(tmp_path, 0, World(0, 2)):
+        assert not (tmp_path / "failed.txt").exists()
+    assert "the first" in capsys.readouterr().err

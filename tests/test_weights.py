@@ -11,6 +11,7 @@ from halfseen import weights
 from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError, Model
 from halfseen.models import ViT
+from halfseen.models.relative import resize_relative
 
 
 class Student(nn.Module):
@@ -174,3 +175,69 @@ def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(ConfigError, match=r"list\.pth.*holds a list"):
         read_weights(tmp_path / "list.pth")
+
+
+# --------------------------------------------------------------------------------------------- relative tables
+
+
+def scrambled(student):
+    for name, parameter in student.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(parameter)
+    return student
+
+
+def test_a_relative_table_of_the_same_grid_is_copied_as_it_is():
+    source, student = scrambled(Student(relative="shared")), Student(relative="shared")
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert not report.resized
+    x = image()
+    assert torch.equal(student.encoder(x), source.encoder(x))
+
+
+@pytest.mark.parametrize("side", [48, (40, 24)])
+def test_a_relative_table_moves_to_another_grid_by_the_geometric_rule(side):
+    source, student = scrambled(Student(relative="block")), Student(side=side, relative="block")
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    name = "encoder.blocks.1.attn.relative_position_bias_table"
+    height, width = student.encoder.grid
+    assert report.resized[name] == f"4x4 -> {height}x{width}"
+    moved = resize_relative(source.state_dict()[name], (4, 4), (height, width))
+    assert torch.equal(student.state_dict()[name], moved)
+
+
+def test_a_table_of_all_blocks_is_copied_into_each_without_changing_the_function():
+    source, student = scrambled(Student(relative="shared")), Student(relative="block")
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert report.resized["encoder.blocks.0.attn.relative_position_bias_table"].startswith("copied")
+    assert not report.unused
+    x = image()
+    torch.testing.assert_close(student.encoder(x), source.encoder(x))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_relative_rows_of_a_class_token_that_one_side_lacks_are_zero_or_left_out(there):
+    source = scrambled(Student(relative="shared", class_token=there, position="none"))
+    student = Student(relative="shared", class_token=not there, position="none")
+    weights.initialise(student, source.state_dict(), coverage=0.9)
+    given, table = (s.encoder.rel_pos_bias.relative_position_bias_table for s in (source, student))
+    assert torch.equal(table[:49], given[:49])
+    assert not there or len(table) == 49
+    assert there or not table[49:].any()
+
+
+def test_a_relative_table_of_no_square_grid_is_refused_when_it_would_have_to_move():
+    given = Student(side=(32, 24), relative="shared", position="none").state_dict()
+    with pytest.raises(ConfigError, match="38 rows is no square grid"):
+        weights.initialise(Student(side=48, relative="shared", position="none"), given, coverage=0.0)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_distillation_token_that_one_side_lacks_is_left_out_or_starts_without_a_place(there):
+    source, student = Student(distillation_token=there), Student(distillation_token=not there)
+    report = weights.initialise(student, source.state_dict(), coverage=0.9)
+    assert "distillation row" in report.resized["encoder.pos_embed"]
+    given, table = source.encoder.pos_embed, student.encoder.pos_embed
+    assert torch.equal(table[:, 0], given[:, 0])
+    assert torch.equal(table[:, -16:], given[:, -16:])
+    assert there or not table[:, 1].any()

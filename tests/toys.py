@@ -1,6 +1,7 @@
 """A small student and a stream of its batches, for tests of engines, checkpoints and the loop."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfseen import config, engines, optim
 from halfseen.config import Batches
@@ -115,7 +117,9 @@ def make(
     chosen = config.Optim(**({"layer_decay": 0.7, "clip": 0.05, "eps": 1e-4} | (optimizer or {})))
     groups = optim.groups(built, chosen, layer_of, 4)
     named = NAMED.get(name, {"name": name}) | options
-    return engines.create(config.Engine(**named), built, chosen, groups, world, seed)
+    settings = config.Engine(**named)
+    settings.check("engine")
+    return engines.create(settings, built, chosen, groups, world, seed)
 
 
 def steps(
@@ -140,3 +144,24 @@ def steps(
 def furthest(some: list[dict[str, float]], others: list[dict[str, float]], *names: str) -> float:
     """Largest relative difference between two histories in the named scalars."""
     return max(abs(a[n] - b[n]) / max(abs(a[n]), 1e-12) for a, b in zip(some, others, strict=True) for n in names)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts collectives, and the bytes of the larger side of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            kind = func._overloadpacket.__name__
+            self.count[kind] += 1
+            self.bytes[kind] += max(t.numel() * t.element_size() for t in tensors(args))
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors(part)] if isinstance(value, (list, tuple)) else []

@@ -57,19 +57,22 @@ def train(
     monitor=None,
     beside=True,
     minutes=0.0,
+    reading=None,
+    change=lambda engine: engine,
     **options,
 ):
     """Start or continue the run in a folder; returns the outcome, the engine and the monitor."""
-    made = make(world, engine, **options)
+    made = change(make(world, engine, **options))
     plan = Batches(TOTAL, world.world, TOTAL // world.world // 2, 2)
     store = Checkpoints(folder / "checkpoints", 2, world, asynchronous=beside)
-    newest, start = store.newest(), 0
+    newest, start, skipped = store.newest(), 0, 0
     if newest:
         state = made.state()
-        start = store.load(newest, state)["position"]
+        meta = store.load(newest, state)
+        start, skipped = meta["position"], meta["skipped"]
         made.load_state(state)
     monitor = monitor or Log(folder / "losses.jsonl" if world.main else None)
-    with Watchdog(folder, minutes, world) as watchdog:
+    with Watchdog(folder, minutes, world, reading) as watchdog:
         outcome = loop.train(
             engine=made,
             batches=lambda position: data(plan, world.rank, position),
@@ -84,5 +87,6 @@ def train(
             checkpoint_every=every,
             log_every=2 * TOTAL,
             beat=watchdog.beat,
+            skipped=skipped,
         )
     return outcome, made, monitor

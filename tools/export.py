@@ -1,4 +1,4 @@
-"""``halfseen export RUN OUT.safetensors``: one file of weights out of a run, in little memory."""
+"""``halfseen export RUN OUT``: weights as one file, in little memory; or the trunk as a graph that runs alone."""
 
 import argparse
 import json
@@ -14,6 +14,8 @@ from halfseen.checkpoint import stream
 from halfseen.checkpoint.folder import read_manifest
 from halfseen.checkpoint.read import find_checkpoint
 from halfseen.config import ConfigError
+
+from . import export_graph
 
 PARTS = {
     "encoder": "the trunk alone, its names without `encoder.`",
@@ -45,15 +47,21 @@ def main(argv: Sequence[str]) -> int:
         epilog="Tied weights are written under each of their names, so the file loads strictly.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder (its newest healthy checkpoint) or one")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write: .safetensors, .onnx or .pt2")
     said = "; ".join(f"{part}: {what}" for part, what in PARTS.items())
     parser.add_argument("--part", default="encoder", choices=PARTS, help=f"{said} (encoder)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--onnx", action="store_true", help="the trunk as ONNX, checked by onnxruntime")
+    form.add_argument("--torch-export", action="store_true", help="the trunk as torch.export's .pt2, checked too")
     arguments = parser.parse_args(list(argv))
-    if arguments.out.suffix != ".safetensors":
-        raise ConfigError("OUT", str(arguments.out), "is no .safetensors file", "end its name in .safetensors")
+    suffix = ".onnx" if arguments.onnx else ".pt2" if arguments.torch_export else ".safetensors"
+    if arguments.out.suffix != suffix:
+        raise ConfigError("OUT", str(arguments.out), f"is no {suffix} file", f"end its name in {suffix}")
     if arguments.out.exists() and not arguments.force:
         raise ConfigError("OUT", str(arguments.out), "exists already", "name another file, or add --force")
+    if suffix != ".safetensors":
+        return graph(arguments)
     if not arguments.run.is_dir():
         raise ConfigError("RUN", str(arguments.run), "is no folder", "name a run folder or one of its checkpoints")
     checkpoint = find_checkpoint(arguments.run)
@@ -61,6 +69,20 @@ def main(argv: Sequence[str]) -> int:
     write(checkpoint, tensors, arguments.out, arguments.part)
     count = sum(tensor.count for tensor in tensors.values())
     print(f"{checkpoint}: {arguments.part}, {len(tensors)} tensors, {count:,} numbers\nwrote {arguments.out}")
+    return 0
+
+
+def graph(arguments: argparse.Namespace) -> int:
+    """Export the trunk as a graph; returns the exit code."""
+    if not arguments.part.startswith("encoder"):
+        raise ConfigError("--part", arguments.part, "a graph is of the trunk alone", "use encoder or encoder-ema")
+    part = "ema" if arguments.part == "encoder-ema" else "model"
+    tokens, architecture = export_graph.trunk_of(arguments.run, part)
+    write_graph = export_graph.export_onnx if arguments.onnx else export_graph.export_torch
+    said = write_graph(tokens, architecture.image_size, arguments.out)
+    size = architecture.image_size
+    print(f"image float32 [B, 3, {size}, {size}], normalised -> tokens [B, N, {tokens.trunk.width}]")
+    print(f"{said}\nwrote {arguments.out}")
     return 0
 
 

@@ -10,6 +10,7 @@ from halfseen.classification.mixing import soft_targets
 from halfseen.layouts import LAYOUTS
 from halfseen.models import ViT
 from halfseen.models.stem import HMLPStem
+from halfseen.selection import freeze
 
 from .golden import (
     TRUNK,
@@ -20,6 +21,7 @@ from .golden import (
     gradients,
     image_size,
     load,
+    names,
     number_in,
     outputs,
     refuse_unknown,
@@ -121,7 +123,11 @@ def whole(case: Case) -> list[Check]:
         actual |= {f"train_{name}": value for name, value in predicted.items()}
     actual["train_loss"] = student({"image": image, "target": target})["loss"]
     actual["train_loss"].backward()
-    return outputs(case, actual | gradients(student, LAYOUTS["deit"]))
+    found = outputs(case, actual | gradients(student, LAYOUTS["deit"]))
+    if "attn_only_trainable" in case.meta:
+        chosen = freeze(student, "attention", strict_official=True).trained
+        found.append(names("attn_only_trainable", LAYOUTS["deit"].give(chosen), case.meta["attn_only_trainable"]))
+    return found
 
 
 FAMILIES = (

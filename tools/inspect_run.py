@@ -18,7 +18,11 @@ from halfseen.config import ConfigError, changes, load
 
 from .terminal import console
 
-STAGES = {"pretrain": ("halfseen.pretrain.config", "Pretrain"), "finetune": ("halfseen.finetune.config", "Finetune")}
+STAGES = {
+    "pretrain": ("halfseen.pretrain.config", "Pretrain"),
+    "distill": ("halfseen.pretrain.distill.config", "Distill"),
+    "finetune": ("halfseen.finetune.config", "Finetune"),
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,8 +13,14 @@ from halfseen.config import BASES, find_recipe, recipes
 
 STAGES = {
     "pretrain": ("halfseen.pretrain.config", "Pretrain"),
+    "distill": ("halfseen.pretrain.distill.config", "Distill"),
     "finetune": ("halfseen.finetune.config", "Finetune"),
+    "segment": ("halfseen.finetune.segment_config", "Segment"),
+    "probe": ("halfseen.finetune.probe_config", "Probe"),
+    "launch": ("halfseen.launch.config", "Launch"),
 }
+
+LAUNCH = "launch/"  # bundled files that are neither a run nor a part of one
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,11 +39,15 @@ def main(argv: Sequence[str]) -> int:
         found = recipes()
         width = max(len(name) for name, _ in found)
         for name, line in found:
-            if not name.startswith(BASES):
+            if not name.startswith((*BASES, LAUNCH)):
                 print(f"{name:<{width}}  {line}")
         print("\nbases for other recipes:")
         for name, line in found:
             if name.startswith(BASES):
+                print(f"{name:<{width}}  {line}")
+        print("\nresources and chains for halfseen launch:")
+        for name, line in found:
+            if name.startswith(LAUNCH):
                 print(f"{name:<{width}}  {line}")
     return 0
 

@@ -58,10 +58,13 @@ def reconstruct(config: Pretrain, weights: Path, images: ImageSet, count: int) -
     """
     target = targets.create(config, torch.device("cpu"))
     student = objectives.create(config, target)
-    student.load_state_dict(read_weights(weights))
     student.eval()
     prepare = Prepare(config, target, torch.device("cpu"))
     batch = prepare(first_images(config, images, count))
+    if "target" not in batch:  # only the student's own average knows it (data2vec)
+        student.load_state_dict(read_weights(weights, "ema"))
+        batch |= student({**batch, "task": "teach"})
+    student.load_state_dict(read_weights(weights))
     prediction = student({**batch, "task": "predict"})["prediction"]
     return target.picture(batch, prediction, config.augment)
 

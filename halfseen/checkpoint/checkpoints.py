@@ -68,6 +68,8 @@ class Checkpoints:
             self._finish(staged, final, position, meta)
         else:
             copied = cast(dict[str, Tensor], self.stager.stage(staged))
+            if STAGES_ONCE:
+                self.stager = stager(self.world.device)
             # From here on host memory and host messages only. A daemon: an exit by error never waits for it.
             self.flight = threading.Thread(
                 target=self._fly, args=(copied, final, position, meta), name="checkpoint writer", daemon=True
@@ -144,7 +146,9 @@ class Checkpoints:
                 no_dist=self.world.world == 1,
             )
         except CheckpointException as error:
-            raise OSError(_not_written(position, _reasons(error))) from error
+            # On a disk that fills up torch's zip writer hides the reason behind another one: the room tells.
+            room = shutil.disk_usage(self.folder).free / 2**20
+            raise OSError(_not_written(position, f"{_reasons(error)} ({room:,.1f} MiB free there)")) from error
 
     def _publish(self, partial: Path, final: Path, position: int, meta: dict[str, Any]) -> None:
         """Describe the files, then rename: the checkpoint exists from that instant, complete."""
@@ -285,6 +289,10 @@ def _reason(failure: Any) -> str:
 
 def _not_written(position: int, why: str) -> str:
     return f"checkpoint at {position} was not written: {why}; older ones are untouched"
+
+
+# torch 2.11 and 2.12 close a stager behind its first copy: it cannot make another, and its buffers are gone.
+STAGES_ONCE = torch.__version__ < "2.13"
 
 
 def stager(device: torch.device) -> DefaultStager:

@@ -51,10 +51,27 @@ def read_weights(path: Path | str, part: Literal["model", "ema"] = "model") -> d
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # bytes that are no pickle can fail in any way
+            if needed := code_in(path):
+                reason = f"is a pickle that runs code when it is read ({', '.join(needed[:3])}), so it is not"
+                raise ConfigError("weights", str(path), reason, SAFE_PATH) from error
             reason = f"cannot be read as weights: {type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError("weights", str(path), reason, "give a state dict saved by torch.save") from error
         return _named_tensors(path, content, part)
     raise ConfigError("weights", str(path), f"unknown kind of file {path.suffix!r}", "give .safetensors or .pth")
+
+
+SAFE_PATH = (
+    "if you trust its authors, load it once with their code where nothing is at stake, save "
+    "{'model': module.state_dict()} with torch.save or safetensors, and give that file"
+)
+
+
+def code_in(path: Path) -> list[str]:
+    """Names that a pickle would import beyond tensors and plain values; empty where that cannot be told."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # the file may be anything
+        return []
 
 
 def find_checkpoint(path: Path) -> Path:

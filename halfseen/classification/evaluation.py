@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from halfseen import data
@@ -16,10 +17,17 @@ from halfseen.config import ConfigError
 from halfseen.data.transforms import evaluation_transform, normalise
 from halfseen.distributed import World
 from halfseen.engines import Engine
-from halfseen.loop import BROKEN
+from halfseen.loop import BROKEN, AnotherRank
 from halfseen.monitor import Monitor
 
+from .answers import Answers
+from .gallery import Gallery
+
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]
+Sink = Callable[[dict[str, Any], Tensor, Tensor], None]  # batch, probabilities [B, K], right classes bool [B, K]
+MISTAKES = 16  # pictures of them in TensorBoard, of rank 0's share
+BINS = 15  # of confidence, equally wide: what the calibration error is a mean over
+BEST = "best.safetensors"  # in the run folder: the weights of the best evaluation so far
 LEDGER = "evaluation-ledger.jsonl"  # in the run folder: every image that evaluations left out, and why
 
 
@@ -33,6 +41,13 @@ class Result:
     loss: float  # mean cross entropy with the plain label
     confusion: Tensor  # int64 [K, K] on the CPU: row true class, column predicted class
     left_out: int = 0  # images that could not be read, decoded or labelled: in none of the numbers above
+    bins: Tensor | None = None  # float64 [BINS, 3]: images, sum of their confidences, how many are right
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean distance of confidence and accuracy, over bins by their images."""
+        assert self.bins is not None, "evaluate makes them"
+        return float((self.bins[:, 1] - self.bins[:, 2]).abs().sum() / self.bins[:, 0].sum())
 
     @property
     def per_class(self) -> Tensor:
@@ -47,13 +62,16 @@ class Result:
     def scalars(self, prefix: str = "val") -> dict[str, float]:
         """The numbers a monitor shows."""
         values = {"top1": self.top1, "top5": self.top5, "loss": self.loss, "mean_class": self.mean_class}
-        return {f"{prefix}/{name}": value for name, value in (values | {"left_out": self.left_out}).items()}
+        values |= {"left_out": self.left_out} | ({"ece": self.ece} if self.bins is not None else {})
+        return {f"{prefix}/{name}": value for name, value in values.items()}
 
     def __str__(self) -> str:
         text = (
             f"top-1 {self.top1:.2%}  top-5 {self.top5:.2%}  mean of classes {self.mean_class:.2%}  "
-            f"loss {self.loss:.4f}  over {self.count:,} images"
+            f"loss {self.loss:.4f}  "
         )
+        text += f"calibration error {self.ece:.4f}  " if self.bins is not None else ""
+        text += f"over {self.count:,} images"
         if self.left_out:
             total = self.count + self.left_out
             text += f"; {self.left_out:,} of {total:,} left out: see {LEDGER} in the run folder"
@@ -61,16 +79,18 @@ class Result:
 
 
 class Normalise:
-    """Batch from the loader to what the classifier predicts from, on the device."""
+    """Batch from the loader to what the classifier predicts from, on the device; keys stay on the host."""
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device, labels: int | None = None) -> None:
         self.config, self.device = config, device
+        self.labels = config.data.classes if labels is None else labels  # how many the set has
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        check_labels(batch["label"], self.config.data.classes)
+        check_labels(batch["label"], self.labels)
         image = batch["image"].to(self.device, non_blocking=True)
         image = normalise(image, self.config.augment.mean, self.config.augment.std)
-        return {"image": image, "label": batch["label"].to(self.device, non_blocking=True)}
+        made: dict[str, Any] = {"image": image, "label": batch["label"].to(self.device, non_blocking=True)}
+        return made | {name: batch[name] for name in ("key", "position") if name in batch}
 
 
 def check_labels(label: Tensor, classes: int) -> None:
@@ -102,31 +122,76 @@ def open_val(config: Any, batch: int, world: World) -> Iterator[dict[str, Any]]:
     )
 
 
-def evaluate(engine: Engine, batches: Iterable[dict[str, Any]], prepare: Prepare, classes: int, world: World) -> Result:
+def evaluate(
+    engine: Engine,
+    batches: Iterable[dict[str, Any]],
+    prepare: Prepare,
+    classes: int,
+    world: World,
+    *,
+    answers: Answers | None = None,
+    sink: Sink | None = None,
+) -> Result:
     """Run every image of an evaluation set once, over all ranks. Collective.
 
     batches: this rank's share, with image, label, position and left_out; at least one, which may be empty. Ranks may
-    have different numbers of them.
+    have different numbers of them. answers: what counts as right, else the label. sink sees each batch of this rank.
     """
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=world.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-5 hits, loss, images left out
+    answers = answers or Answers()
+    score = Score(classes, answers.allowed(classes), world.device)
     share = Share(batches, prepare)
     for batch, counts in in_step(share, world):
-        logits = engine.predict(batch)["logits"].float()
+        logits = engine.predict({"image": batch["image"]})["logits"].float()
         if not counts:
             continue
-        label = batch["label"]
-        confusion.index_add_(0, label * classes + logits.argmax(-1), torch.ones_like(label))
-        best = logits.topk(min(5, classes)).indices
-        sums[0] += (best == label[:, None]).sum()
-        sums[1] += F.cross_entropy(logits, label, reduction="sum")
-    matrix = world.sum(confusion).view(classes, classes).cpu()
-    sums[2] += share.left_out
-    hits, loss, left_out = world.sum(sums).tolist()
-    count = int(matrix.sum())
-    if not count:
-        raise ConfigError("data.val", "", f"none of its {left_out:.0f} images is usable", "see `halfseen shards check`")
-    return Result(count, int(matrix.diagonal().sum()) / count, hits / count, loss / count, matrix, int(left_out))
+        right = answers.right(batch, classes)
+        probability = score.add(logits, right)
+        if sink:
+            sink(batch, probability, right)
+    return score.result(share.left_out, world)
+
+
+class Score:
+    """Sums over images, on the device; nothing is read from it before the end."""
+
+    def __init__(self, classes: int, allowed: Tensor | None, device: torch.device) -> None:
+        self.classes = classes
+        self.allowed = None if allowed is None else allowed.to(device)
+        self.confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # top-5 hits, loss
+        self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, right: Tensor) -> Tensor:
+        """Count a batch: logits [B, K], right classes bool [B, K]. Returns its probabilities [B, K]."""
+        if self.allowed is not None:
+            logits = logits.masked_fill(~self.allowed, float("-inf"))
+        probability = logits.softmax(-1)
+        counted = right.any(-1)
+        confidence, named = probability.max(-1)
+        hit = right.gather(1, named[:, None])[:, 0]
+        # Of several right answers, the one that was named stands in the matrix, else the first.
+        true = torch.where(hit, named, right.int().argmax(-1))
+        self.confusion.index_add_(0, true * self.classes + named, counted.long())
+        best = logits.topk(min(5, self.classes)).indices
+        share = right / right.sum(-1, keepdim=True).clamp(min=1)
+        loss = -(logits.log_softmax(-1).masked_fill(~right, 0.0) * share).sum(-1)
+        self.sums += torch.stack([right.gather(1, best).any(-1).sum(), (loss * counted).sum()])
+        place = (confidence * BINS).long().clamp(max=BINS - 1)
+        row = torch.stack([torch.ones_like(confidence), confidence, hit.float()], dim=1)
+        self.bins.index_add_(0, place, (row * counted[:, None]).double())
+        return probability
+
+    def result(self, left_out: int, world: World) -> Result:
+        """The numbers over all ranks. Collective."""
+        matrix = world.sum(self.confusion).view(self.classes, self.classes).cpu()
+        passed = torch.tensor([left_out], dtype=torch.float64, device=self.sums.device)
+        hits, loss, lost = world.sum(torch.cat([self.sums, passed])).tolist()
+        bins = world.sum(self.bins).cpu()
+        count = int(matrix.sum())
+        if not count:
+            raise ConfigError("data.val", "", f"none of its {lost:.0f} images is usable", "see `halfseen shards check`")
+        top1 = int(matrix.diagonal().sum()) / count
+        return Result(count, top1, hits / count, loss / count, matrix, int(lost), bins)
 
 
 class Share:
@@ -175,7 +240,7 @@ def in_step(share: Share, world: World) -> Iterator[tuple[dict[str, Any], bool]]
         if failure:
             raise failure
         if message >= BROKEN:
-            raise RuntimeError("another rank could not read its evaluation images; that rank's message says why")
+            raise AnotherRank("another rank could not read its evaluation images; that rank's message says why")
         if not message:
             return
         assert share.last is not None, "take raises otherwise"
@@ -213,16 +278,17 @@ class Evaluations:
     """Evaluates the student, and its averaged weights when the engine keeps some; writes evaluation.json.
 
     evaluation.json holds one entry per evaluation and the best one so far; a resume drops those beyond its
-    position.
+    position. With task.keep_best, best.safetensors holds the weights of the best one, the averages if they were better.
     """
 
     def __init__(self, config: Any, folder: Path, batch: int, world: World) -> None:
         self.config, self.batch, self.world = config, batch, world
-        self.path = folder / "evaluation.json"
+        self.path, self.best = folder / "evaluation.json", folder / BEST
         self.prepare = Normalise(config, world.device)
 
     def __call__(self, engine: Engine, monitor: Monitor, position: int) -> dict[str, float]:
-        result = self.evaluate(engine)
+        gallery = Gallery(MISTAKES, self.config.augment.mean, self.config.augment.std) if self.world.main else None
+        result = self.evaluate(engine, gallery)
         values = result.scalars("val")
         monitor.note(f"evaluated {position:,} images: {result}")
         if self.config.engine.ema:
@@ -231,17 +297,20 @@ class Evaluations:
             values |= averaged.scalars("val_ema")
             monitor.note(f"  averaged weights: {averaged}")
         monitor.picture(position, "val/confusion", confusion_picture(result.confusion))
-        if self.world.main:
-            self.record(position, result.count, values)
+        if gallery and gallery.worst:
+            monitor.picture(position, "val/mistakes", gallery.picture())
+        better = self.record(position, result.count, values) if self.world.main else False
+        if self.config.task.keep_best and self.world.largest(int(better)):
+            self.keep(engine.weights(ema=values.get("val_ema/top1", 0.0) > values["val/top1"]))
         return values
 
-    def evaluate(self, engine: Engine) -> Result:
+    def evaluate(self, engine: Engine, sink: Sink | None = None) -> Result:
         """Every image of the evaluation set once."""
         batches = open_val(self.config, self.batch, self.world)
-        return evaluate(engine, batches, self.prepare, self.config.data.classes, self.world)
+        return evaluate(engine, batches, self.prepare, self.config.data.classes, self.world, sink=sink)
 
-    def record(self, position: int, count: int, values: dict[str, float]) -> None:
-        """Add an evaluation to the file, in one move."""
+    def record(self, position: int, count: int, values: dict[str, float]) -> bool:
+        """Add an evaluation to the file, in one move; whether it is the best so far."""
         earlier = json.loads(self.path.read_text())["evaluations"] if self.path.exists() else []
         listed = [entry for entry in earlier if entry["position"] < position]
         listed.append({"position": position, "images": count, **values})
@@ -249,3 +318,11 @@ class Evaluations:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({"best": best, "last": listed[-1], "evaluations": listed}, indent=2) + "\n")
         os.replace(partial, self.path)
+        return best is listed[-1]
+
+    def keep(self, weights: dict[str, Tensor]) -> None:
+        """Write the weights, which only rank 0 has, in one move."""
+        if self.world.main:
+            partial = self.best.with_suffix(".partial")
+            save_file(weights, partial)
+            os.replace(partial, self.best)

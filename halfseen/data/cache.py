@@ -156,6 +156,8 @@ class Cache:
                 shutil.copyfileobj(stream, file, 1 << 20)
             self._check(url, temporary, filesize)
             os.replace(temporary, place)
+        except OSError as error:  # stores name an object in their own way, or not at all
+            raise error if url in str(error) else OSError(f"{url} cannot be fetched: {error!r}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ class BadRecord:
 
 
 class TooManyBad(RuntimeError):
-    """The share of bad samples is above data.bad_limit."""
+    """The share of bad samples is above data.bad_limit, or no usable one is found in place of a bad one."""
 
 
 class Ledger:

@@ -4,7 +4,7 @@ import atexit
 import itertools
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from halfseen.config import Batches, Data
 from halfseen.data.decode import decode
 from halfseen.data.hashing import generator
-from halfseen.data.ledger import BadRecord, Ledger
+from halfseen.data.ledger import BadRecord, Ledger, TooManyBad
 from halfseen.data.plan import Order, Plan
 from halfseen.data.reader import BadSample, Reader, Sample
 from halfseen.data.sources import ImageSet
 from halfseen.data.transforms import Transform
 
 ATTEMPTS = 64  # replacements tried for one position before the set itself is declared unusable
+Views = Tensor | tuple[Tensor, Tensor]  # uint8 [3, H, W], or the same crop in two sizes
+DrawMask = Callable[[Sequence[int]], Tensor]  # positions -> bool [B, N]; must pickle where workers are not forked
 _BAD = "bad records"  # travels with a batch from worker to rank, never further
 
 
@@ -68,8 +70,8 @@ class Images:
     reader: Reader | None = field(default=None, repr=False)
     process: int = 0
 
-    def one(self, source: int, shard: int, sample: int, position: int) -> tuple[Sample, Tensor | None]:
-        """A sample and its transformed image; None without a transform. Raises BadSample."""
+    def one(self, source: int, shard: int, sample: int, position: int) -> tuple[Sample, Views | None]:
+        """A sample and its transformed image, or two views of it; None without a transform. Raises BadSample."""
         if self.reader is None or self.process != os.getpid():  # descriptors are opened after the fork
             self.reader, self.process = Reader(self.images, keep=self.transform is None), os.getpid()
         content = self.reader.read(source, shard, sample)
@@ -81,7 +83,7 @@ class Images:
             raise BadSample(bad.reason, content.shard, content.key, content.offset) from bad
         return content, self.transform(image, generator(self.seed, position, "augment"))
 
-    def collate(self, rows: Sequence[tuple[Sample, Tensor | None]], positions: Sequence[int]) -> dict[str, Any]:
+    def collate(self, rows: Sequence[tuple[Sample, Views | None]], positions: Sequence[int]) -> dict[str, Any]:
         """A batch of what ``one`` gave since the last call."""
         batch: dict[str, Any] = {
             "position": torch.tensor(positions, dtype=torch.int64),
@@ -94,37 +96,40 @@ class Images:
             batch["span"] = torch.tensor(begins, dtype=torch.int64).view(-1, 2)
             batch["data"] = torch.from_numpy(self.reader.take() if self.reader else np.empty(0, np.uint8))
             return batch
-        pictures = [image for _, image in rows if image is not None]
-        shape = pictures[0].shape if pictures else (3, self.data.image_size, self.data.image_size)
-        batch["image"] = torch.empty((len(pictures), *shape), dtype=torch.uint8)
-        for row, image in enumerate(pictures):
-            batch["image"][row].copy_(image)
+        pictures = [image if isinstance(image, tuple) else (image,) for _, image in rows if image is not None]
+        size = self.data.image_size
+        views = zip(*pictures) if pictures else [()]
+        for name, view in zip(("image", "view"), views):
+            batch[name] = torch.empty((len(view), *(view[0].shape if view else (3, size, size))), dtype=torch.uint8)
+            for row, image in enumerate(view):
+                batch[name][row].copy_(image)
         return batch
 
 
 class TrainingBatches(Dataset[dict[str, Any]]):
     """Micro-batch number -> batch; bad samples are replaced, with a record of each."""
 
-    def __init__(self, images: Images, plan: Plan, share: Share) -> None:
-        self.images, self.plan, self.share = images, plan, share
+    def __init__(self, images: Images, plan: Plan, share: Share, mask: DrawMask | None = None) -> None:
+        self.images, self.plan, self.share, self.mask = images, plan, share, mask
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         positions = self.share.positions(number)
         records: list[BadRecord] = []
         places = zip(*(part.tolist() for part in self.plan.locate(positions)), positions.tolist())
         rows = [self._good(records, *place) for place in places]
-        return {**self.images.collate(rows, positions.tolist()), _BAD: records}
+        drawn = {"mask": self.mask(positions.tolist())} if self.mask is not None else {}
+        return {**self.images.collate(rows, positions.tolist()), **drawn, _BAD: records}
 
     def _good(
         self, records: list[BadRecord], source: int, shard: int, sample: int, position: int
-    ) -> tuple[Sample, Tensor | None]:
+    ) -> tuple[Sample, Views | None]:
         for attempt in range(ATTEMPTS):
             try:
                 return self.images.one(source, shard, sample, position)
             except BadSample as bad:
                 records.append(BadRecord(position, attempt, bad.shard, bad.key, bad.offset, bad.reason))
                 shard, sample = self.plan.replacement(source, position, attempt)
-        raise RuntimeError(f"{ATTEMPTS} samples in a row are bad at position {position}; the last: {records[-1]}")
+        raise TooManyBad(f"{ATTEMPTS} samples in a row are bad at position {position}; the last: {records[-1]}")
 
 
 class EvaluationBatches(Dataset[dict[str, Any]]):
@@ -209,17 +214,37 @@ def train_batches(
     rank: int,
     ledger: Path | None = None,
     pin: bool = False,
+    mask: DrawMask | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Endless micro-batches of this rank from position ``start`` on.
 
-    Each: image uint8 [B, 3, S, S], position int64 [B], key list[str], label int64 [B] when the set is
-    labelled. Over all ranks, plan.accumulation micro-batches hold exactly the next plan.total positions.
-    ledger: where bad samples are written; TooManyBad is raised above data.bad_limit. transform None: ``data``
-    (list of bytes) instead of image.
+    Each: image uint8 [B, 3, S, S], position int64 [B], key list[str], label int64 [B] when the set is labelled, view
+    uint8 [B, 3, S', S'] where the transform makes two of each image. Over all ranks, plan.accumulation micro-batches
+    hold exactly the next plan.total positions. ledger: where bad samples are written; TooManyBad is raised above
+    data.bad_limit. transform None: ``data`` (list of bytes) instead of image. mask: also draw ``mask`` here, from the
+    positions: for masks that would keep the training process busy.
     """
     order = make_plan(image_set, data, seed)
-    dataset = TrainingBatches(Images(image_set, data, transform, seed), order, Share(start, plan, rank))
+    dataset = TrainingBatches(Images(image_set, data, transform, seed), order, Share(start, plan, rank), mask)
     return _recorded(_load(dataset, Endless(), data, pin), Ledger(ledger, data.bad_limit, start))
+
+
+def reading(image_set: ImageSet, data: Data, seed: int, plan: Batches) -> Callable[[int, int, int], str]:
+    """A function of (rank, position, n): what that rank reads for its n-th micro-batch of the step there, in words.
+
+    Pure arithmetic, so one rank can say it of another that does not answer.
+    """
+
+    def words(rank: int, position: int, number: int) -> str:
+        positions = Share(position, plan, rank).positions(number)
+        samples: dict[str, list[int]] = {}
+        for source, shard, sample in zip(*make_plan(image_set, data, seed).locate(positions)):
+            samples.setdefault(image_set.sources[source].shards[shard].name, []).append(int(sample))
+        named = [f"{name} (samples {', '.join(map(str, sorted(found)[:8]))})" for name, found in samples.items()]
+        more = f" and {len(named) - 8} more shards" if len(named) > 8 else ""
+        return f"images {positions[0]:,} to {positions[-1]:,}: {'; '.join(named[:8])}{more}"
+
+    return words
 
 
 def evaluation_batches(

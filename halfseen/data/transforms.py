@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from halfseen.config import Augment, ConfigError
 
-Transform = Callable[[Tensor, random.Random], Tensor]
+Transform = Callable[[Tensor, random.Random], Any]  # uint8 [3, H, W] -> an image like that, or two views of one crop
 Size = int | tuple[int, int]  # pixels: a square's side, or (height, width)
 
 
@@ -49,6 +49,31 @@ def crop_box(
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+PADDING = 4  # reflected pixels around the image, for simple_crop
+
+
+def simple_crop(image: Tensor, size: tuple[int, int], rng: random.Random) -> Tensor:
+    """DeiT III's simple random crop: shorter side to the size, PADDING reflected pixels, a crop of the size."""
+    _, height, width = image.shape
+    factor = max(size[0] / height, size[1] / width)
+    scaled = resize(image, (max(size[0], int(height * factor + 1e-6)), max(size[1], int(width * factor + 1e-6))))
+    padded = F.pad(scaled[None].float(), (PADDING,) * 4, mode="reflect")[0].to(torch.uint8)
+    top, left = (rng.randrange(space - side + 1) for space, side in zip(padded.shape[1:], size))
+    return padded[:, top : top + size[0], left : left + size[1]]
+
+
+def three_augment(image: Tensor, rng: random.Random) -> Tensor:
+    """3-Augment (DeiT III): greyscale, solarisation above 127, or Gaussian blur of radius 0.1 to 2, equally often."""
+    choice = rng.randrange(3)
+    if choice == 0:
+        return grey(image).to(torch.uint8).expand(3, -1, -1)
+    if choice == 1:
+        return torch.where(image < 128, image, 255 - image)
+    blur = ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).filter(blur)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _blend(image: Tensor, other: Tensor, share: float) -> Tensor:
@@ -85,14 +110,41 @@ class RandomCrop:
 
     def __call__(self, image: Tensor, rng: random.Random) -> Tensor:
         """uint8 [3, H, W] -> uint8 [3, *size]."""
+        return self.finish(resize(self.crop(image, rng), self.size), rng)
+
+    def crop(self, image: Tensor, rng: random.Random) -> Tensor:
+        """The crop as it is in the image; the simple one is of the final size already."""
+        if self.augment.simple_crop:
+            return simple_crop(image, self.size, rng)
         scale, ratio = self.augment.crop_scale, self.augment.crop_ratio
         top, left, height, width = crop_box(image.shape[1], image.shape[2], scale, ratio, rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
+        return image[:, top : top + height, left : left + width]
+
+    def finish(self, image: Tensor, rng: random.Random) -> Tensor:
+        """Flip and colours."""
         if rng.random() < self.augment.flip:
             image = image.flip(2)
+        if self.augment.three_augment:
+            image = three_augment(image, rng)
         if self.augment.jitter:
             image = colour_jitter(image, self.augment.jitter, rng)
         return image
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """One random crop in two sizes, flipped and coloured alike: the student's, and a tokenizer's."""
+
+    first: RandomCrop
+    second: tuple[int, int]
+
+    def __call__(self, image: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """uint8 [3, H, W] -> uint8 [3, *size] and [3, *second]."""
+        crop = self.first.crop(image, rng)
+        state = rng.getstate()
+        view = self.first.finish(resize(crop, self.second), rng)
+        rng.setstate(state)
+        return self.first.finish(resize(crop, self.first.size), rng), view
 
 
 @dataclass(frozen=True)
@@ -135,9 +187,10 @@ class CentreCrop:
         return image[:, top : top + target_height, left : left + target_width]
 
 
-def pretrain_transform(augment: Augment, size: Size) -> Transform:
-    """Random resized crop, flip, optional jitter. size: pixels of the result."""
-    return RandomCrop(augment, _pair(size))
+def pretrain_transform(augment: Augment, size: Size, second: Size | None = None) -> Transform:
+    """Random resized crop, flip, optional jitter. size: pixels of the result. second: of another of the same crop."""
+    crop = RandomCrop(augment, _pair(size))
+    return crop if second is None else TwoViews(crop, _pair(second))
 
 
 def finetune_transform(augment: Augment, size: Size) -> Transform:

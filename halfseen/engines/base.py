@@ -1,9 +1,8 @@
 """The training step, written once: what all engines share, and the few hooks in which they differ."""
 
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,17 @@ from halfseen.config import ConfigError
 from halfseen.data.hashing import mix, purpose
 from halfseen.distributed import World
 from halfseen.models.norm import synchronise
+from halfseen.models.powernorm import PowerNorm
+from halfseen.models.reattention import ReAttention
+
+Key = TypeVar("Key")
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dynamic loss scale for fp16: start, factor after an overflow, factor after so many good updates.
 SCALE, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
+
+STATISTICS = (_BatchNorm, PowerNorm)  # norms that a forward in training changes
 
 
 class Engine:
@@ -53,17 +58,19 @@ class Engine:
         refuse_precision(cfg.precision, world.device)
         self.student = synchronise_batch_norm(student, world).train()
         self.aliases = aliases(self.student)
-        # Names are taken before anything is wrapped, so they never carry a wrapper's prefix.
+        # Names are taken before anything is wrapped, so they never carry a wrapper's prefix; the order stays.
+        names = [name for name, _ in self.student.named_parameters()]
         saved = self.student.state_dict(keep_vars=True).keys()
-        self._buffers = [name for name, _ in self.student.named_buffers() if name in saved]
+        self._buffers = {name: name in saved for name, _ in self.student.named_buffers()}
         for block in blocks_of(self.student):
             if cfg.recompute:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+                refuse_statistics(block)
+                block.forward = (offloaded if cfg.offload_activations else recomputed)(block.forward)
             if cfg.compile:
                 block.compile()
-        self._batch_norms = [module for module in self.student.modules() if isinstance(module, _BatchNorm)]
+        self._batch_norms = [module for module in self.student.modules() if isinstance(module, STATISTICS)]
         self.module = self.place(self.student)
-        self.parameters: dict[str, nn.Parameter] = dict(self.student.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = dict(zip(names, self.student.parameters(), strict=True))
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._refuse_other_groups(groups)
         self.optimizer = self.make_optimizer(groups)
@@ -74,6 +81,7 @@ class Engine:
         self.module = self.adopt(self.module)
         self.make_moments()
         self.average = {name: p.detach().clone() for name, p in self.masters().items()} if cfg.ema else {}
+        self.decay = cfg.ema_decay(0)  # of the averages in the last update
         device = world.device
         self.scale = torch.tensor(SCALE if cfg.precision == "fp16" else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
@@ -170,6 +178,7 @@ class Engine:
         BatchNorm's statistics as they were, on every rank.
         """
         self._refuse_changes()
+        micro_batches = self.taught(micro_batches)
         torch.manual_seed(mix(self.seed, purpose("dropout"), position, self.world.rank))
         optim.set_rate(self.optimizer, rate)
         statistics = [(buffer, buffer.clone()) for norm in self._batch_norms for buffer in norm.buffers(False)]
@@ -179,9 +188,11 @@ class Engine:
             norm = self._norm(gradients) / self.scale
             values, bad_loss, found = self._agree(names, local, norm)
             self.update(gradients, self._factor(norm), found)
-            self._average(found)
+            self._average(found, position)
             for buffer, before in statistics:
                 buffer.copy_(torch.where(found > 0, before, buffer))
+            if hasattr(self.student, "stepped"):  # a student with more to move than weights, e.g. a codebook
+                cast(Any, self.student).stepped(found)
             self._count(found, bad_loss, position)
         self.clear()
         return values | {"grad_norm": norm}
@@ -229,12 +240,14 @@ class Engine:
             return factor
         return (factor if factor is not None else 1.0) / self.scale
 
-    def _average(self, found: Tensor) -> None:
+    def _average(self, found: Tensor, position: int) -> None:
         if not self.average:
             return
-        weight = (1.0 - self.cfg.ema) * (1.0 - found)
+        self.decay = self.cfg.ema_decay(position)
+        weight = (1.0 - self.decay) * (1.0 - found)
         averages = [local_part(average) for average in self.average.values()]
         current = [local_part(master) for master in self.masters().values()]
+        weight = weight.to(averages[0].device)  # the host's where engine.offload keeps them there
         torch._foreach_lerp_(averages, current, [weight] * len(averages))
 
     def _count(self, found: Tensor, bad_loss: Tensor, position: int) -> None:
@@ -252,9 +265,13 @@ class Engine:
         self._skips[0] += counted
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Surrounds a forward; weights stay fp32."""
+        """Surrounds a forward; weights stay fp32.
+
+        Without autocast's cache: from there all uses of a shared weight would take one cast copy, and its gradients
+        would be summed in that copy's type instead of fp32. A weight used once is cast once either way.
+        """
         dtype = AUTOCAST.get(self.cfg.precision)
-        return torch.autocast(self.world.device.type, dtype) if dtype else nullcontext()
+        return torch.autocast(self.world.device.type, dtype, cache_enabled=False) if dtype else nullcontext()
 
     # ------------------------------------------------------------------------------------------ questions
 
@@ -272,18 +289,29 @@ class Engine:
             "lr": max(group["lr"] / group["lr_scale"] for group in groups if group["lr_scale"]),
             "weight_decay": max(group["weight_decay"] for group in groups),
         }
-        return shown | ({"ema_decay": self.cfg.ema} if self.cfg.ema else {})
+        return shown | ({"ema_decay": self.decay} if self.cfg.ema else {})
 
     @torch.no_grad()
-    def predict(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The student's answer to ``batch | {"task": "predict"}``, in eval mode. Collective when sharded."""
+    def predict(self, batch: dict[str, Any], task: str = "predict") -> dict[str, Tensor]:
+        """The student's answer to ``batch | {"task": task}``, in eval mode. Collective when sharded."""
         training = self.module.training
         self.module.eval()
         try:
             with self.autocast():
-                return self.infer(batch | {"task": "predict"})
+                return self.infer(batch | {"task": task})
         finally:
             self.module.train(training)
+
+    def taught(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Micro-batches with what the averaged student answers to task="teach". Collective.
+
+        Only for a student with ``learns_from_average`` (data2vec); others get their batches back. A step begins with
+        this: all its micro-batches are there then on all ranks, and the averages are those of the update before.
+        """
+        if not getattr(self.student, "learns_from_average", False):
+            return micro_batches
+        with self.averaged():
+            return [batch | self.predict(batch, "teach") for batch in micro_batches]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -358,14 +386,15 @@ class Engine:
         return found
 
     def _kept_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        buffers = dict(self.student.named_buffers())
-        return ((name, buffers[name]) for name in self._buffers)
+        named = zip(self._buffers.items(), self.student.buffers(), strict=True)
+        return ((name, buffer) for (name, saved), buffer in named if saved)
 
     def make_moments(self) -> None:
         """Make the optimizer's state by an update that changes nothing, so that one can be loaded."""
         for parameter in self.trained.values():
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
+        held = next((local_part(p).device for p in self.trained.values()), self.world.device)
+        self.optimizer.found_inf = torch.ones((), device=held)  # type: ignore[attr-defined]
         if not self.skips_on_device:
             del self.optimizer.found_inf  # type: ignore[attr-defined]  # rates are 0 before the first step
         self.optimizer.step()
@@ -398,6 +427,54 @@ def blocks_of(student: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(cast(Any, student).blocks()))
 
 
+def refuse_statistics(block: nn.Module) -> None:
+    """Raise ConfigError if a block's norms keep running statistics: computed again, it would move them twice."""
+    names = [name for name, module in block.named_modules() if isinstance(module, STATISTICS)]
+    if names:
+        raise ConfigError(
+            "engine.recompute",
+            True,
+            f"{names[0]} keeps running statistics, which a second forward would move again",
+            "use engine.recompute=false, or model.norm=layer and model.attention=softmax",
+        )
+
+
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose activations are not kept but computed again in the backward."""
+
+    # A function of its own: of functools.partial(checkpoint, ...) torch.compile compiles nothing, without a word.
+    def run(*arguments: Any, **options: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, **options)
+
+    return run
+
+
+def offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``recomputed``, whose first argument, the tokens, waits in host memory meanwhile.
+
+    In place of FairScale's checkpoint_wrapper, which re-enters the backward (wrong where blocks share weights) and
+    recomputes under autocast in fp16 whatever the forward had.
+    """
+
+    def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        device, wanted, host, given = x.device, x.requires_grad, on_host(x.detach()), [x]
+
+        def again(*arguments: Any, **options: Any) -> Any:
+            here = given.pop() if given else host.to(device, non_blocking=True).detach().requires_grad_(wanted)
+            return forward(here, *arguments, **options)
+
+        return checkpoint(again, *arguments, use_reentrant=False, **options)
+
+    return run
+
+
+def on_host(x: Tensor) -> Tensor:
+    """A copy in pinned memory, which nobody waits for: the way back is on the same stream. On a CPU x itself."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
 def aliases(student: nn.Module) -> dict[str, str]:
     """Other names of tied parameters and buffers -> the first name, which is the one that is saved."""
     found: dict[str, str] = {}
@@ -406,6 +483,18 @@ def aliases(student: nn.Module) -> dict[str, str]:
         every = ((name, first[id(tensor)]) for name, tensor in listed(remove_duplicate=False))
         found |= {name: canonical for name, canonical in every if name != canonical}
     return found
+
+
+def batched(sizes: dict[Key, int], most: int = 1 << 26) -> Iterator[list[Key]]:
+    """Keys in order, in lists whose sizes sum to at most ``most`` (numbers; 256 MiB of fp32), or of one key alone."""
+    batch: list[Key] = []
+    for key, size in sizes.items():
+        if batch and sum(sizes[other] for other in batch) + size > most:
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -423,6 +512,16 @@ def as_sharded(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def refuse_different_weights(student: nn.Module, world: World) -> None:
+    """Raise RuntimeError where ranks do not start alike: each would shard its own weights. Collective."""
+    with torch.no_grad():
+        totals = [parameter.double().abs().sum() for parameter in student.parameters()]
+    seen = world.gather_object(torch.stack(totals).tolist())
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise RuntimeError(f"rank {rank} starts from other weights than rank 0: seed them alike on every rank")
+
+
 def refuse_precision(precision: str, device: torch.device) -> None:
     """Raise ConfigError for a type the device does not compute in."""
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -435,10 +534,12 @@ def synchronise_batch_norm(student: nn.Module, world: World) -> nn.Module:
     if world.world == 1 or not any(isinstance(module, _BatchNorm) for module in student.modules()):
         return student
     if world.device.type != "cuda":
+        reattends = any(isinstance(module, ReAttention) for module in student.modules())
+        key, value = ("model.attention", "reattention") if reattends else ("model.stem_norm", "batch")
         raise ConfigError(
-            "model.stem_norm",
-            "batch",
+            key,
+            value,
             "BatchNorm cannot be synchronised between CPU ranks, so the curve would depend on their number",
-            "use model.stem_norm=layer, one rank, or GPUs",
+            f"use {key}={'softmax' if reattends else 'layer'}, one rank, or GPUs",
         )
     return synchronise(student)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from halfseen import config, optim
+from halfseen import config
 from halfseen.config import ConfigError
 from halfseen.distributed import World, one_process_group
 
-from .base import AUTOCAST, Engine
+from .base import AUTOCAST, Engine, batched
 
 # Sections of DeepSpeed's JSON that would do what halfseen already does, or change what its partitions mean.
 OURS = (
@@ -63,18 +63,7 @@ class DeepSpeed(Engine):
     """One class for all stages: 0 is plain replication, 1 shards moments, 2 gradients too, 3 weights too."""
 
     name = "deepspeed"
-
-    def __init__(
-        self,
-        cfg: config.Engine,
-        student: nn.Module,
-        optim_cfg: config.Optim,
-        groups: list[optim.Group],
-        world: World,
-        seed: int,
-    ) -> None:
-        refuse(cfg, optim_cfg)
-        super().__init__(cfg, student, optim_cfg, groups, world, seed)
+    _collected: dict[tuple[str, str], Tensor] = {}  # while ``state`` runs: what it has put together already
 
     # ------------------------------------------------------------------------------------------ preparation
 
@@ -199,12 +188,20 @@ class DeepSpeed(Engine):
         if kept:
             kept[0].all_gather(kept)
 
+    def state(self) -> dict[str, Tensor]:
+        """As everywhere; what is partitioned comes in a few large messages instead of one for each tensor."""
+        self._collected = dict(self._collect(self._partitioned(), list(self.trained))) if self.zero else {}
+        try:
+            return super().state()
+        finally:
+            self._collected = {}
+
     def weight(self, name: str) -> Tensor:
         """A parameter cut along its first axis; itself where it is whole on every rank. Collective."""
         if self.zero is None:
             return super().weight(name)
         if name in self.trained:
-            return self._read(self._flats, name)
+            return self._read("model", name)
         parameter = self.parameters[name]
         return self._cut(_gathered(parameter, self.world)) if self.cfg.zero_stage == 3 else parameter.detach()
 
@@ -212,17 +209,14 @@ class DeepSpeed(Engine):
         """A parameter's moments, cut like it; the step count is its partition's. Collective."""
         if self.zero is None:
             return super().moments(name)
-        states = [self.optimizer.state[flat] for flat in self._flats]
-        return {
-            slot: states[0][slot] if slot == "step" else self._read([state[slot] for state in states], name)
-            for slot in states[0]
-        }
+        first = self.optimizer.state[self._flats[0]]
+        return {slot: first[slot] if slot == "step" else self._read(f"optim.{slot}", name) for slot in first}
 
     def mean(self, name: str) -> Tensor:
         """A parameter's average, cut like it. Collective."""
         if self.zero is None:
             return super().mean(name)
-        return self._read(list(self.average.values()), name)
+        return self._read("ema", name)
 
     @torch.no_grad()
     def take(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
@@ -230,10 +224,8 @@ class DeepSpeed(Engine):
         if self.zero is None:
             super().take(own, given)
             return
-        states = [self.optimizer.state[flat] for flat in self._flats]
-        targets = {"model.": list(self._flats), "ema.": list(self.average.values())}
-        for slot in states[0]:
-            targets[f"optim.{slot}"] = [state[slot] for state in states]
+        partitioned = self._partitioned()
+        counts = [self.optimizer.state[flat]["step"] for flat in self._flats]
         self._refuse_uneven_steps(given)
         for key in own:
             section, name = key.split(".", 1)
@@ -244,10 +236,10 @@ class DeepSpeed(Engine):
             if isinstance(value, DTensor):
                 value = value.full_tensor()
             if slot == "step":
-                for count in targets["optim.step"]:
+                for count in counts:
                     count.copy_(value)
             elif section in ("model", "ema", "optim") and name in self.trained:
-                self._write(targets[f"optim.{slot}" if slot else f"{section}."], name, value)
+                self._write(partitioned[f"optim.{slot}" if slot else section], name, value)
             elif section == "model" and self.cfg.zero_stage == 3:
                 _put(self.parameters[name], value, self.world.rank)
             else:
@@ -264,16 +256,36 @@ class DeepSpeed(Engine):
                 "continue with another engine"
             )
 
-    def _read(self, sources: list[Tensor], name: str) -> Tensor:
-        """A whole parameter's worth from the ranks' partitions, then this rank's cut of it."""
-        shape = _shape(self.trained[name])
-        whole = torch.zeros(shape.numel(), device=self.world.device)
-        for piece in self._pieces[name]:
-            part = sources[piece.flat].detach().narrow(0, piece.offset, piece.count)
-            whole.narrow(0, piece.start, piece.count).copy_(part)
-        if self.world.world > 1:
-            dist.all_reduce(whole)
-        return self._cut(whole.view(shape))
+    def _partitioned(self) -> dict[str, list[Tensor]]:
+        """What lies in flat partitions like the weights: weights, averages, and moments by slot."""
+        states = [self.optimizer.state[flat] for flat in self._flats]
+        moments = {f"optim.{slot}": [state[slot] for state in states] for slot in states[0] if slot != "step"}
+        averages = {"ema": list(self.average.values())} if self.average else {}
+        return {"model": list(self._flats)} | averages | moments
+
+    def _read(self, kind: str, name: str) -> Tensor:
+        """This rank's cut of a parameter, or of what is partitioned like it. Collective."""
+        if (kind, name) in self._collected:
+            return self._collected[kind, name]
+        return next(self._collect({kind: self._partitioned()[kind]}, [name]))[1]
+
+    def _collect(
+        self, partitioned: dict[str, list[Tensor]], names: list[str]
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Put tensors together from the ranks' partitions, batch by batch, and keep this rank's cut of each."""
+        shapes = {name: _shape(self.trained[name]) for name in names}
+        sizes = {(kind, name): shapes[name].numel() for kind in partitioned for name in names}
+        for batch in batched(sizes):
+            whole = torch.zeros(sum(sizes[key] for key in batch), device=self.world.device)
+            parts = whole.split([sizes[key] for key in batch])
+            for (kind, name), part in zip(batch, parts, strict=True):
+                for piece in self._pieces[name]:
+                    own = partitioned[kind][piece.flat].detach().narrow(0, piece.offset, piece.count)
+                    part.narrow(0, piece.start, piece.count).copy_(own)
+            if self.world.world > 1:
+                dist.all_reduce(whole)
+            for (kind, name), part in zip(batch, parts, strict=True):
+                yield (kind, name), self._cut(part.view(shapes[name]))
 
     def _write(self, targets: list[Tensor], name: str, whole: Tensor) -> None:
         for piece in self._pieces[name]:
@@ -283,7 +295,7 @@ class DeepSpeed(Engine):
     def _cut(self, whole: Tensor) -> Tensor:
         """This rank's rows, so that a state costs each rank its share of memory; scalars stay whole."""
         if not whole.ndim:
-            return whole
+            return whole.clone()
         return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None).clone()
 
 
@@ -291,7 +303,8 @@ class DeepSpeed(Engine):
 
 
 def refuse(cfg: config.Engine, optim_cfg: config.Optim) -> None:
-    """Raise ConfigError for what ZeRO cannot do, before anything is changed."""
+    """Raise ConfigError for what ZeRO cannot do, and for an unusable file of extra options."""
+    derive(cfg)
     if optim_cfg.name in ("lamb", "lars") and cfg.zero_stage:
         raise ConfigError(
             "optim.name",
@@ -302,13 +315,6 @@ def refuse(cfg: config.Engine, optim_cfg: config.Optim) -> None:
     if cfg.offload and not cfg.zero_stage:
         raise ConfigError(
             "engine.offload", True, "stage 0 has no partition to offload", "use engine.zero_stage=1, 2 or 3"
-        )
-    if cfg.shard_size:
-        raise ConfigError(
-            "engine.shard_size",
-            cfg.shard_size,
-            "groups of ranks are fsdp's",
-            "use engine.name=fsdp, or engine.shard_size=0",
         )
     if cfg.compile and cfg.zero_stage == 3:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """FairScale: moments sharded over ranks by whole parameters (OSS), under DDP or under its own ShardedDDP.
 
 FairScale is no longer developed; what it still does right is kept here, what it does wrong without a word is guarded.
-Its FullyShardedDataParallel is refused: engine.name=fsdp does the same, on CPUs too.
+Its FullyShardedDataParallel is in fairscale_fsdp.py.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from halfseen import config, optim
 from halfseen.config import ConfigError
-from halfseen.distributed import World, one_process_group
+from halfseen.distributed import one_process_group
 
+from .base import batched
 from .ddp import Replicated
 
 
@@ -29,19 +30,12 @@ class FairScale(Replicated):
     """
 
     name = "fairscale"
+    _collected: dict[tuple[str, str], Tensor] = {}  # while ``state`` runs: what it has put together already
 
-    def __init__(
-        self,
-        cfg: config.Engine,
-        student: nn.Module,
-        optim_cfg: config.Optim,
-        groups: list[optim.Group],
-        world: World,
-        seed: int,
-    ) -> None:
-        refuse(cfg, optim_cfg, world)
-        self.sharded = cfg.fairscale == "sharded"
-        super().__init__(cfg, student, optim_cfg, groups, world, seed)
+    @property
+    def sharded(self) -> bool:
+        """Whether ShardedDDP is asked for."""
+        return self.cfg.fairscale == "sharded"
 
     # ------------------------------------------------------------------------------------------ preparation
 
@@ -136,23 +130,45 @@ class FairScale(Replicated):
 
     # ------------------------------------------------------------------------------------------ state
 
+    def state(self) -> dict[str, Tensor]:
+        """As everywhere; moments come from their owners in a few large messages instead of one for each tensor."""
+        self._collected = self._collect(list(self.trained))
+        try:
+            return super().state()
+        finally:
+            self._collected = {}
+
     def moments(self, name: str) -> dict[str, Tensor]:
         """The owner's moments, cut along their first axis so that a state costs each rank its share. Collective."""
-        parameter = self.trained[name]
-        owner = self._owner[id(parameter)]
-        mine = self._inner().state[parameter] if owner == self.world.rank else {}
-        device = self.world.device
+        collected = self._collected or self._collect([name])
+        return {slot: collected[name, slot] for slot in self._slots()}
+
+    def _collect(self, names: list[str]) -> dict[tuple[str, str], Tensor]:
+        """This rank's cut of each moment, from the ranks that own them."""
         found = {}
-        for slot in self._slots():
-            empty = torch.zeros((), device=device) if slot == "step" else torch.zeros_like(parameter)
-            whole = mine[slot].detach().clone() if mine else empty.detach()
-            dist.broadcast(whole, owner)
-            found[slot] = (
-                whole
-                if not whole.ndim
-                else distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None).clone()
-            )
+        for owner in range(self.world.world):
+            owned = [name for name in names if self._owner[id(self.trained[name])] == owner]
+            shapes = {
+                (name, slot): torch.Size() if slot == "step" else self.trained[name].shape
+                for name in owned
+                for slot in self._slots()
+            }
+            for batch in batched({key: shape.numel() for key, shape in shapes.items()}):
+                sizes = [shapes[key].numel() for key in batch]
+                whole = torch.empty(sum(sizes), device=self.world.device)
+                parts = whole.split(sizes)
+                if owner == self.world.rank:
+                    for (name, slot), part in zip(batch, parts, strict=True):
+                        part.copy_(self._inner().state[self.trained[name]][slot].detach().view(-1))
+                dist.broadcast(whole, owner)
+                for key, part in zip(batch, parts, strict=True):
+                    found[key] = self._cut(part.view(shapes[key]))
         return found
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        if not whole.ndim:
+            return whole.clone()
+        return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None).clone()
 
     def _slots(self) -> tuple[str, ...]:
         return getattr(self._inner(), "slots", ("step", "exp_avg", "exp_avg_sq"))
@@ -178,8 +194,8 @@ def _arguments(kind: type[torch.optim.Optimizer]) -> set[str]:
     return set(inspect.signature(kind).parameters)
 
 
-def refuse(cfg: config.Engine, optim_cfg: config.Optim, world: World) -> None:
-    """Raise ConfigError for what FairScale cannot do, before anything is changed."""
+def refuse(cfg: config.Engine, optim_cfg: config.Optim) -> None:
+    """Raise ConfigError for what FairScale cannot do."""
     if optim_cfg.name == "lamb" and optim_cfg.clip is None:
         raise ConfigError(
             "optim.name",
@@ -187,10 +203,14 @@ def refuse(cfg: config.Engine, optim_cfg: config.Optim, world: World) -> None:
             "clips by the norm of the whole gradient, of which each rank's optimizer sees a part",
             "set optim.clip=1.0 (the engine clips by the whole norm), or use engine.name=ddp or fsdp",
         )
-    if cfg.shard_size:
-        raise ConfigError(
-            "engine.shard_size",
-            cfg.shard_size,
-            "groups of ranks are fsdp's",
-            "use engine.name=fsdp, or engine.shard_size=0",
-        )
+    if cfg.fairscale != "full":
+        return
+    if cfg.device == "cpu":
+        reason = "FairScale's FullyShardedDataParallel needs CUDA streams, and this run is on the CPU"
+        raise ConfigError("engine.fairscale", "full", reason, "use engine.name=fsdp, or engine.fairscale=sharded")
+    if optim_cfg.name in ("lamb", "lars"):
+        reason = "needs each tensor's norm, and FairScale cuts tensors into stretches"
+        raise ConfigError("optim.name", optim_cfg.name, reason, "use optim.name=adamw, or engine.name=fsdp")
+    if cfg.compile:
+        reason = "FairScale gathers weights in hooks that are not tested with compiled blocks"
+        raise ConfigError("engine.compile", True, reason, "use engine.name=fsdp, or engine.compile=false")

@@ -8,20 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from halfseen.config import ConfigError
 from halfseen.distributed import one_process_group
 
-from .base import Engine, blocks_of
+from .base import Engine, blocks_of, refuse_different_weights
 
 
 class Sharded(Engine):
     """``fully_shard`` on each block and on the rest.
 
-    Weights are gathered in fp32 and cast by autocast, not by a MixedPrecisionPolicy: the same operators run
-    in the same precision as under DDP, so the curve does not change with the engine. Gradients are reduced
-    in fp32.
+    By default weights are gathered in fp32 and cast by autocast: the same operators run in the same precision as
+    under DDP, so the curve does not change with the engine. engine.gather=bf16 is a MixedPrecisionPolicy for the
+    units: their weights travel in bf16, for half the traffic, and so do activations from one to the next; norms and
+    biases lose digits too, and the uses of a shared weight are summed in bf16. Gradients are reduced in fp32 always.
     """
 
     name = "fsdp"
@@ -29,11 +30,21 @@ class Sharded(Engine):
     def place(self, student: nn.Module) -> nn.Module:
         """Shard the units, then what is left; each moves to the device on its own, never all at once."""
         one_process_group(self.world)
-        self._refuse_different_weights(student)
+        refuse_different_weights(student, self.world)
         self.mesh = mesh(self.world.world, self.cfg.shard_size, self.world.device.type)
+        offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda") if self.cfg.offload else OffloadPolicy()
+        travel = torch.bfloat16 if self.cfg.gather == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32)
         for unit in units(blocks_of(student), student):
-            fully_shard(unit if len(unit) > 1 else unit[0], mesh=self.mesh, reshard_after_forward=self.cfg.reshard)
-        fully_shard(student, mesh=self.mesh)
+            fully_shard(
+                unit if len(unit) > 1 else unit[0],
+                mesh=self.mesh,
+                reshard_after_forward=self.cfg.reshard,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
+        # The rest stays fp32: a policy there would round the batch too, targets among it.
+        fully_shard(student, mesh=self.mesh, offload_policy=offload)
         return student
 
     @contextmanager
@@ -57,24 +68,20 @@ class Sharded(Engine):
 
     def over_shards(self, total: Tensor) -> Tensor:
         """Sum over the ranks that hold different shards (replicas of HSDP hold the same)."""
+        total = total.to(self.world.device)
         dist.all_reduce(total, group=self.mesh.get_group("shard"))
         return total
 
-    def _refuse_different_weights(self, student: nn.Module) -> None:
-        with torch.no_grad():
-            totals = [parameter.double().abs().sum() for parameter in student.parameters()]
-        seen = self.world.gather_object(torch.stack(totals).tolist())
-        for rank, other in enumerate(seen):
-            if other != seen[0]:
-                raise RuntimeError(f"rank {rank} starts from other weights than rank 0: seed them alike on every rank")
+    def update(self, gradients: list[Tensor], factor: Tensor | None, found: Tensor) -> None:
+        """As everywhere; with engine.offload on the host, which waits for the device to decide."""
+        if self.cfg.offload:
+            factor, found = factor if factor is None else factor.cpu(), found.cpu()
+        super().update(gradients, factor, found)
 
 
 def mesh(world: int, shard_size: int, device_type: str) -> DeviceMesh:
     """One shard group, or with shard_size > 0 a (replicate, shard) grid of world / shard_size groups."""
     size = shard_size or world
-    if world % size:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
-        raise ConfigError("engine.shard_size", shard_size, f"does not divide the {world} ranks", f"use one of {fits}")
     if size == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world // size, size), mesh_dim_names=("replicate", "shard"))

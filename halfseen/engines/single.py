@@ -2,8 +2,6 @@
 
 from torch import nn
 
-from halfseen.config import ConfigError
-
 from .base import Engine
 
 
@@ -14,11 +12,4 @@ class Single(Engine):
 
     def place(self, student: nn.Module) -> nn.Module:
         """Move the student to the device."""
-        if self.world.world > 1:
-            raise ConfigError(
-                "engine.name",
-                "single",
-                f"this run has {self.world.world} ranks",
-                "use engine.name=auto, ddp or fsdp",
-            )
         return student.to(self.world.device)

@@ -7,10 +7,21 @@ from collections.abc import Iterable
 
 from halfseen.config import ConfigError
 
+from .beit import BEIT, BEIT2, TIMM_BEIT
+from .cpvt import CPVT, PEG_ALONE
+from .dalle import DALLE
+from .deepvit import DEEPVIT
 from .deit import DEIT, DEIT_STEM
+from .hdvw import HDVW, HDVW_CONVIT
 from .layout import Layout, in_trunk, out_of_trunk, rename
 from .mae import MAE
+from .mini_deit import MINI_DEIT
+from .mini_swin import MINI_SWIN
+from .simmim import SIMMIM
+from .swin import SWIN, TIMM_SWIN
 from .timm import TIMM
+from .transformers import TRANSFORMERS
+from .vqkd import VQKD
 
 __all__ = ["LAYOUTS", "Layout", "detect", "in_trunk", "out_of_trunk", "rename"]
 
@@ -23,7 +34,14 @@ OURS = Layout(
 )
 
 # In the order in which detect asks them: a plain ViT encoder is timm's unless someone's mark is on it.
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OURS, MAE, DEIT, DEIT_STEM, TIMM)}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        *(VQKD, SIMMIM, *TRANSFORMERS, OURS, DALLE, MAE, BEIT2, BEIT, TIMM_BEIT),
+        *(DEIT, DEIT_STEM, MINI_DEIT, MINI_SWIN, TIMM_SWIN, SWIN),
+        *(CPVT, PEG_ALONE, DEEPVIT, HDVW_CONVIT, HDVW, TIMM),
+    )
+}
 
 
 def detect(names: Iterable[str]) -> Layout:

@@ -63,9 +63,14 @@ def rename(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str,
 _BESIDE = re.compile(r"(head|fc_norm|head_dist)\.")
 
 
+def beside(name: str) -> bool:
+    """Whether a weight is of a classifier's parts beside its trunk."""
+    return bool(_BESIDE.match(name))
+
+
 def in_trunk(name: str) -> str:
     """Our name of a weight that others call ``name``: trunks are flat there, ``encoder`` here."""
-    return name if _BESIDE.match(name) else f"encoder.{name}"
+    return name if beside(name) else f"encoder.{name}"
 
 
 def out_of_trunk(name: str) -> str:

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear, linear
+from .places import Places
+
 # Rows [M, D] and index int64 [B, K]: K tokens of each sample are rows[index], so that what depends on a token
 # alone (norm, query, key, value) is computed M times instead of B*K times, forward and backward.
 Common = tuple[Tensor, Tensor]
@@ -15,27 +18,41 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, last: int | None = None, common: Common | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        last: int | None = None,
+        common: Common | None = None,
+        *,
+        places: Places | None = None,
+        repetition: int = 0,
+        qkv: list[Tensor] | None = None,
+    ) -> Tensor:
         """x [B, N, D] -> [B, N, D]; with ``last``, only that many tokens at the end ask: -> [B, last, D].
 
-        common: more tokens after those of x, which all samples draw from the same rows (see Common).
+        common: more tokens after those of x, which all samples draw from the same rows (see Common). qkv: a list to
+        which the queries, keys and values of all tokens, [B, N, 3D], are appended; only without last and common. Places
+        and repetition are for attention with more parts (general.py).
         """
         if common is not None:
             rows, index = common
             q, k, v = self._heads(torch.cat([self.qkv(x), F.embedding(index, self.qkv(rows))], dim=1), 3)
             q = q if last is None else q[:, :, -last:]
         elif last is None:
-            q, k, v = self._heads(self.qkv(x), 3)
+            projected = self.qkv(x)
+            if qkv is not None:
+                qkv.append(projected)
+            q, k, v = self._heads(projected, 3)
         else:
             # Two views of the fused map; the matrices are never stored apart.
             sizes = [x.shape[-1], 2 * x.shape[-1]]
             weights = self.qkv.weight.split(sizes)
             biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
-            (q,) = self._heads(F.linear(x[:, -last:], weights[0], biases[0]), 1)
-            k, v = self._heads(F.linear(x, weights[1], biases[1]), 2)
+            (q,) = self._heads(linear(x[:, -last:], weights[0], biases[0]), 1)
+            k, v = self._heads(linear(x, weights[1], biases[1]), 2)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -44,13 +61,18 @@ class Attention(nn.Module):
         return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in x.chunk(parts, dim=-1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v; q [B, H, M, d], k and v [B, H, N, d] -> [B, H, M, d]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v -> [B, H, M, d].
+
+    q [B, H, M, d], k and v [B, H, N, d], bias [1 or B, H, M, N].
+    """
     if not plain(q):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     shape, scale = q.shape, q.shape[-1] ** -0.5
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if bias is not None:
+        logits = (logits.view(*shape[:-1], -1) + bias.to(q.dtype)).flatten(0, 1)
     return torch.bmm(logits.softmax(-1), v).view(shape)
 
 

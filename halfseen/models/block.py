@@ -1,41 +1,32 @@
 """Transformer blocks: pre-norm residual branches, sequential, n side by side, or shared over depth."""
 
+import functools
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .attention import Attention, Common
+from .feed import Mlp, feed
 from .norm import LayerScale
+from .places import Places
 
 SKIP_FROM = 0.1  # drop-path rate from which leaving samples out is faster than multiplying them by zero
 
 
-class Mlp(nn.Module):
-    """Two linear maps around an exact GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> [B, N, D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-def add_branch(base: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], rate: float) -> Tensor:
+def add_branch(base: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], rate: float, every: bool = False) -> Tensor:
     """base + branch(x), the branch of each sample dropped with probability rate, else scaled by 1/(1-rate).
 
     base [B, M, D], x [B, N, D], branch(x) [B, M, D] -> [B, M, D]. Samples are dropped independently of each
     other. From SKIP_FROM on, dropped samples are left out of the computation: their number is drawn on the
-    host and which ones on the device -- the same distribution, and no waiting for the device.
+    host and which ones on the device -- the same distribution, and no waiting for the device. every: the branch is
+    to see every sample all the same.
     """
     if rate == 0.0:
         return base + branch(x)
     batch = x.shape[0]
-    if rate < SKIP_FROM or torch.compiler.is_compiling():  # compiled code wants fixed shapes
+    if every or rate < SKIP_FROM or torch.compiler.is_compiling():  # compiled code wants fixed shapes
         keep = torch.rand(batch, 1, 1, device=x.device) >= rate
         return base + branch(x) * (keep / (1.0 - rate))
     count = int((torch.rand(batch) >= rate).sum())
@@ -45,12 +36,20 @@ def add_branch(base: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], rate
     return base.index_add(0, chosen, change, alpha=1.0 / (1.0 - rate) if count else 0.0)
 
 
+Make = Callable[[], nn.Module]
+NormPlace = Literal["pre", "post", "res_post"]
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
+    norm_place: pre as above; post: norm(x + f(x)); res_post: x + norm(f(x)). attention, mlp and norm make the parts
+    where they are not the plain ones. peg stands behind the block.
+
     One module may stand for several consecutive blocks (rates has one entry per repetition): attention and
     MLP weights are shared, norms, LayerScale and drop-path rates are each repetition's own. The repetition is
-    an argument, so nothing is remembered between calls.
+    an argument, so nothing is remembered between calls; without it the module runs all of them in one call, for
+    which an engine that shards gathers and reduces the shared weights once.
     """
 
     def __init__(
@@ -63,72 +62,129 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         qkv_bias: bool = True,
         eps: float = 1e-6,
+        attention: Make | None = None,
+        mlp: Make | None = None,
+        norm: Make | None = None,
+        norm_place: NormPlace = "pre",
+        peg: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.rates = rates
+        self.rates, self.norm_place = rates, norm_place
         shared = len(rates) > 1
 
-        def each(make: Callable[[], nn.Module]) -> nn.Module:
+        def each(make: Make) -> nn.Module:
             return nn.ModuleList([make() for _ in rates]) if shared else make()
 
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-        self.norm1 = each(lambda: nn.LayerNorm(width, eps=eps))
-        self.attn = Attention(width, heads, qkv_bias)
+        norm = norm or (lambda: nn.LayerNorm(width, eps=eps))
+        self.norm1 = each(norm)
+        self.attn = attention() if attention else Attention(width, heads, qkv_bias)
         self.ls1 = each(scale)
-        self.norm2 = each(lambda: nn.LayerNorm(width, eps=eps))
-        self.mlp = Mlp(width, hidden)
+        self.norm2 = each(norm)
+        self.mlp = mlp() if mlp else Mlp(width, hidden)
         self.ls2 = each(scale)
+        self.peg = peg
 
-    def forward(self, x: Tensor, repetition: int = 0, last: int | None = None, common: Common | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        repetition: int | None = None,
+        last: int | None = None,
+        common: Common | None = None,
+        *,
+        places: Places | None = None,
+        trace: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor], list[Tensor]]:
         """x [B, N, D] -> [B, N, D], or the last so many tokens of it alone, [B, last, D].
 
-        common (rows, index): the caller's word that the tokens at the end of x are rows[index]. The result is
-        the same. Drop path and common exclude each other.
+        repetition: one of them; None: all in turn. common (rows, index): the caller's word that the tokens at the
+        end of x are rows[index]. The result is the same. Drop path and common exclude each other. places: see
+        Places. trace: also return, for each repetition, its result and the queries, keys and values [B, N, 3D] of its
+        attention.
         """
+        states: list[Tensor] = []
+        qkv: list[Tensor] | None = [] if trace else None
+        if repetition is None:
+            *earlier, repetition = range(len(self.rates))
+            for number in earlier:
+                x, common = self._once(x, number, None, common, places, qkv), None
+                states.append(x)
+        x = self._once(x, repetition, last, common, places, qkv)
+        x = x if self.peg is None else self.peg(x)
+        return x if qkv is None else (x, [*states, x], qkv)
 
-        def own(module: nn.Module) -> nn.Module:
-            return module[repetition] if isinstance(module, nn.ModuleList) else module
-
-        norm1, ls1, norm2, ls2 = own(self.norm1), own(self.ls1), own(self.norm2), own(self.ls2)
+    def _once(
+        self,
+        x: Tensor,
+        repetition: int,
+        last: int | None,
+        common: Common | None,
+        places: Places | None,
+        qkv: list[Tensor] | None,
+    ) -> Tensor:
+        norm1, ls1, norm2, ls2 = (one_of(m, repetition) for m in (self.norm1, self.ls1, self.norm2, self.ls2))
         rate = self.rates[repetition] if self.training else 0.0
+        if self.norm_place != "pre":
+            if last is not None or common is not None:
+                raise ValueError("only a pre-norm block can compute some tokens alone")
+            return self._normed_later(x, repetition, places, qkv)
         base = x if last is None else x[:, -last:]
         if common is None:
-            x = add_branch(base, x, lambda x: ls1(self.attn(norm1(x), last)), rate)
+            more: dict[str, Any] = {"places": places, "repetition": repetition, "qkv": qkv}
+            every = qkv is not None or (places is not None and places.present is not None)
+            x = add_branch(base, x, lambda x: ls1(self.attn(norm1(x), last, **more)), rate, every)
         elif rate:
             raise ValueError("samples cannot be dropped and have tokens in common at once: set drop_path to 0")
         else:
             rows, index = common
             own_tokens = norm1(x[:, : -index.shape[1]])
             x = base + ls1(self.attn(own_tokens, last, (norm1(rows), index)))
-        return add_branch(x, x, lambda x: ls2(self.mlp(norm2(x))), rate)
+        return add_branch(x, x, lambda x: ls2(feed(x, norm2, self.mlp)), rate)
+
+    def _normed_later(self, x: Tensor, repetition: int, places: Places | None, qkv: list[Tensor] | None) -> Tensor:
+        """One repetition with the norms after the branches (res_post) or after the sums (post)."""
+        norm1, ls1, norm2, ls2 = (one_of(m, repetition) for m in (self.norm1, self.ls1, self.norm2, self.ls2))
+        rate = self.rates[repetition] if self.training else 0.0
+        every = qkv is not None or (places is not None and places.present is not None)
+        more: dict[str, Any] = {"places": places, "repetition": repetition, "qkv": qkv}
+        if self.norm_place == "post":
+            x = norm1(add_branch(x, x, lambda x: ls1(self.attn(x, **more)), rate, every))
+            return norm2(add_branch(x, x, lambda x: ls2(self.mlp(x)), rate))
+        x = add_branch(x, x, lambda x: ls1(norm1(self.attn(x, **more))), rate, every)
+        return add_branch(x, x, lambda x: ls2(norm2(self.mlp(x))), rate)
+
+
+def one_of(module: nn.Module, repetition: int) -> nn.Module:
+    """What a repetition of a shared block has of its own: its entry of a list, or the module all share."""
+    return module[repetition] if isinstance(module, nn.ModuleList) else module
 
 
 class _Attending(nn.Module):
     """One attention branch of a parallel block."""
 
-    def __init__(self, width: int, heads: int, layer_scale: float | None, qkv_bias: bool, eps: float) -> None:
+    def __init__(self, width: int, attention: nn.Module, norm: nn.Module, layer_scale: float | None) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, qkv_bias)
+        self.norm = norm
+        self.attn = attention
         self.ls = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ls(self.attn(self.norm(x)))
+    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+        return self.ls(self.attn(self.norm(x), places=places))
 
 
 class _Feeding(nn.Module):
     """One MLP branch of a parallel block."""
 
-    def __init__(self, width: int, hidden: int, layer_scale: float | None, eps: float) -> None:
+    def __init__(self, width: int, mlp: nn.Module, norm: nn.Module, layer_scale: float | None) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, hidden)
+        self.norm = norm
+        self.mlp = mlp
         self.ls = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ls(self.mlp(self.norm(x)))
+    def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+        return self.ls(feed(x, self.norm, self.mlp))
 
 
 class ParallelBlock(nn.Module):
@@ -149,19 +205,30 @@ class ParallelBlock(nn.Module):
         layer_scale: float | None = None,
         qkv_bias: bool = True,
         eps: float = 1e-6,
+        attention: Make | None = None,
+        mlp: Make | None = None,
+        norm: Make | None = None,
+        peg: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.rate = rate
-        self.attns = nn.ModuleList(_Attending(width, heads, layer_scale, qkv_bias, eps) for _ in range(branches))
-        self.ffns = nn.ModuleList(_Feeding(width, hidden, layer_scale, eps) for _ in range(branches))
+        self.rate, self.peg = rate, peg
+        attention = attention or (lambda: Attention(width, heads, qkv_bias))
+        mlp = mlp or (lambda: Mlp(width, hidden))
+        norm = norm or (lambda: nn.LayerNorm(width, eps=eps))
+        self.attns = nn.ModuleList(_Attending(width, attention(), norm(), layer_scale) for _ in range(branches))
+        self.ffns = nn.ModuleList(_Feeding(width, mlp(), norm(), layer_scale) for _ in range(branches))
 
-    def forward(self, x: Tensor, repetition: int = 0) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; a parallel block is never repeated."""
+    def forward(
+        self, x: Tensor, repetition: int | None = None, *, places: Places | None = None, trace: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor], list[Tensor]]:
+        """x [B, N, D] -> [B, N, D]; a parallel block is never repeated. trace: as Block's, without the queries."""
         if repetition:
             raise ValueError("a parallel block has one repetition")
         rate = self.rate if self.training else 0.0
+        every = places is not None and places.present is not None
         for branches in (self.attns, self.ffns):
             shared_input = x
             for branch in branches:
-                x = add_branch(x, shared_input, branch, rate)
-        return x
+                x = add_branch(x, shared_input, functools.partial(branch, places=places), rate, every)
+        x = x if self.peg is None else self.peg(x)
+        return (x, [x], []) if trace else x

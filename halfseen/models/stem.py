@@ -8,10 +8,10 @@ convolutions.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from halfseen.config import ConfigError
 
+from .linear import linear
 from .norm import norm_of
 
 # Patch side -> kernel (= stride) of each step of the hMLP stem. 16 is the published one.
@@ -64,7 +64,7 @@ class PatchStem(PatchwiseStem):
 
     def tokens(self, patches: Tensor) -> Tensor:
         """patches [..., 3, P, P] -> tokens [..., D]."""
-        return F.linear(patches.flatten(-3), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches.flatten(-3), self.proj.weight.flatten(1), self.proj.bias)
 
     def flops(self) -> float:
         """Forward matmul FLOPs per token."""
@@ -126,7 +126,7 @@ def _convolve(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     x = x.unflatten(-2, (-1, k)).unflatten(-4, (-1, k))  # [..., H/k, k, W/k, k, C]
     x = x.transpose(-4, -3).flatten(-3)  # [..., H/k, W/k, k*k*C]
     # Rearranging the weight, not the activations, keeps channels contiguous: fewer and longer copies.
-    return F.linear(x, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
+    return linear(x, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
 class ConvStem(nn.Module):

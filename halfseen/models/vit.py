@@ -4,6 +4,9 @@ Shapes: B batch, N tokens, D width, H heads, L depth, P patch side. Parameter na
 VisionTransformer where an equal part exists.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,36 +14,55 @@ from torch.nn import functional as F
 from halfseen.config import ConfigError, Model
 from halfseen.data.masks import split
 
-from .block import Block, ParallelBlock
+from .build import blocks_of, norm_of
+from .legality import OVER_A_MAP, check, check_visible_only
+from .places import Places
 from .positions import sincos
-from .sizes import Size, resolve
+from .relative import RelativeBias
+from .rotary import angles
+from .sizes import resolve
 from .stem import stem_of
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a trunk computed on the way. Blocks are counted from 0 over the depth, each repetition of a shared one."""
+
+    tokens: Tensor  # after the final norm, [B, prefix + N, D]
+    layers: dict[int, Tensor] = field(default_factory=dict)  # block -> the tokens it left, not normalised
+    qkv: dict[int, Tensor] = field(default_factory=dict)  # block -> queries, keys and values, [B, prefix + N, 3D]
 
 
 class ViT(nn.Module):
     """Stem, positions, blocks, final norm; tokens out.
 
-    Token order: class token (if any), registers, patches row by row. Registers have no position. With
-    position=sincos, pos_embed is a parameter that does not train.
+    Token order: class token, distillation token, registers (what there is of them), patches row by row. Registers have
+    no position. With position=sincos, pos_embed is a parameter that does not train.
     """
+
+    rotation: Tensor | None
 
     def __init__(self, cfg: Model, image_size: int | tuple[int, int]) -> None:
         super().__init__()
         size = resolve(cfg)
-        refuse(cfg, size)
+        check(cfg)
         self.cfg, self.size = cfg, size
         self.width, self.depth, self.patch = size.width, size.depth, size.patch
         self.grid = grid_of(image_size, size.patch)
         self.tokens = self.grid[0] * self.grid[1]
-        self.prefix = int(cfg.class_token) + cfg.registers
-        self.position_rows = int(cfg.class_token and cfg.position_on_class)  # rows of pos_embed before the patches
-        self.repetitions = cfg.share
+        named = int(cfg.class_token) + int(cfg.distillation_token)
+        self.prefix = named + cfg.registers
+        self.position_rows = named if cfg.position_on_class else 0  # rows of pos_embed before the patches
         self.patch_embed = stem_of(cfg.stem, size.width, size.patch, cfg.stem_norm, cfg.norm_eps)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width)) if cfg.class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, size.width)) if cfg.distillation_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, cfg.registers, size.width)) if cfg.registers else None
         self.pos_embed = position_table(cfg.position, size.width, self.grid, self.position_rows)
-        self.blocks = nn.ModuleList(blocks_of(cfg, size))
-        self.norm = nn.LayerNorm(size.width, eps=cfg.norm_eps)
+        self.rel_pos_bias = RelativeBias(size.heads, self.grid, self.prefix) if cfg.relative == "shared" else None
+        rotation = angles(size.width // size.heads, self.grid, self.prefix, cfg.rope_base) if cfg.rope else None
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.blocks = nn.ModuleList(blocks_of(cfg, size, self.grid, self.prefix))
+        self.norm = nn.Identity() if cfg.norm_place == "post" else norm_of(cfg, size)
         self.initialise()
 
     def initialise(self) -> None:
@@ -49,6 +71,7 @@ class ViT(nn.Module):
         self.patch_embed.initialise()
         for token in (
             self.cls_token,
+            self.dist_token,
             self.reg_token,
             self.pos_embed if self.cfg.position == "learned" else None,
         ):
@@ -61,39 +84,93 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         visible: int | None = None,
         index: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> Tensor:
         """Tokens after the final norm: all, [B, prefix + N, D], or visible ones, [B, prefix + visible, D].
 
         image float [B, 3, h*P, w*P]. mask bool [B, N], True = hidden, with ``visible`` False entries in every
         row: the stem runs on those patches only, in ascending token order. index int64 [B, visible] says the
-        same as token numbers, for callers that have them.
+        same as token numbers, for callers that have them. With mask_token [1, 1, D] all tokens are kept, and hidden
+        ones are replaced by it between stem and positions (BEiT, SimMIM, MaskFeat).
         """
-        if mask is not None and index is None:
+        if mask is not None and index is None and mask_token is None:
             if visible is None:
                 raise ValueError("a mask needs `visible`, the number of tokens it leaves in every sample")
             index = split(mask, visible)[0]
-        x = self.embed(image, index)
+        x = self.embed(image, index, mask, mask_token)
+        places = self.places(index)
         for block in self.blocks:
-            for repetition in range(self.repetitions):
-                x = block(x, repetition)
+            x = block(x, places=places)
         return self.norm(x)
 
-    def embed(self, image: Tensor, index: Tensor | None = None) -> Tensor:
-        """What enters the first block: stem, positions, prefix tokens. index as in forward."""
+    def trace(
+        self,
+        image: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        *,
+        layers: Collection[int] = (),
+        qkv: Collection[int] = (),
+    ) -> Trace:
+        """All tokens, and what chosen blocks computed: their results (layers), their queries, keys and values (qkv).
+
+        The arguments are those of forward. Nothing is kept anywhere: what is asked for is returned.
+        """
+        unknown = sorted({*layers, *qkv} - set(range(self.depth)))
+        if unknown:
+            raise ValueError(f"there are no blocks {unknown}, only 0 to {self.depth - 1}")
+        if qkv and (self.cfg.parallel > 1 or self.cfg.attention in OVER_A_MAP):
+            raise ValueError("queries, keys and values of one attention over tokens are asked for, and there is none")
+        x = self.embed(image, None, mask, mask_token)
+        places = self.places()
+        found = Trace(x)
+        for number, block in enumerate(self.blocks):
+            first = number * self.cfg.share
+            x, states, projected = block(x, places=places, trace=True)
+            found.layers.update({first + step: state for step, state in enumerate(states) if first + step in layers})
+            found.qkv.update({first + step: value for step, value in enumerate(projected) if first + step in qkv})
+        return Trace(self.norm(x), found.layers, found.qkv)
+
+    def places(self, index: Tensor | None = None) -> Places | None:
+        """What every call of a block must be given about these tokens; None: nothing. index as in forward."""
+        if self.cfg.relative == "none" and self.cfg.irpe == "none" and self.rotation is None:
+            return None
+        present = None
+        if index is not None:
+            prefix = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+            present = torch.cat([prefix, index + self.prefix], dim=1)
+        rotation = self.rotation
+        if rotation is not None:
+            rotation = rotation[None, None] if present is None else F.embedding(present, rotation)[:, None]
+        return Places(present, None if self.rel_pos_bias is None else self.rel_pos_bias(present), rotation)
+
+    def embed(
+        self,
+        image: Tensor,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Tensor:
+        """What enters the first block: stem, mask tokens, positions, prefix tokens. Arguments as in forward."""
         self._check_image(image)
         x = self.patch_embed(image, index)
+        if mask_token is not None:
+            if mask is None or index is not None:
+                raise ValueError("a mask token goes where a mask says, among all tokens: give mask and no index")
+            x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
         table = self.pos_embed
         if table is not None:
             patches = table[:, self.position_rows :]
             x = x + (patches if index is None else F.embedding(index, patches[0]))
         prefix = []
-        if self.cls_token is not None:
-            position = 0.0 if table is None or not self.position_rows else table[:, :1]
-            prefix.append(self.cls_token + position)
+        named = [token for token in (self.cls_token, self.dist_token) if token is not None]
+        for row, token in enumerate(named):
+            placed = table is not None and self.position_rows
+            prefix.append(token + table[:, row : row + 1] if table is not None and placed else token)
         if self.reg_token is not None:
             prefix.append(self.reg_token)
         if prefix:
-            x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+            x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
         return x
 
     def _check_image(self, image: Tensor) -> None:
@@ -105,41 +182,23 @@ class ViT(nn.Module):
             )
 
     def check_visible_only(self) -> None:
-        """Raise ConfigError unless each token depends on its own patch alone, also while training."""
-        if self.cfg.stem == "conv":
-            raise ConfigError(
-                "model.stem",
-                "conv",
-                "overlapping convolutions see hidden pixels, so an encoder of visible patches cannot",
-                "use model.stem=hmlp (patch by patch, LayerNorm) or model.stem=patch",
-            )
-        if self.cfg.stem == "hmlp" and self.cfg.stem_norm == "batch":
-            raise ConfigError(
-                "model.stem_norm",
-                "batch",
-                "in training BatchNorm mixes patches through its statistics, so a token would depend on "
-                "others and the statistics on the mask",
-                "use model.stem_norm=layer",
-            )
+        """Raise ConfigError unless an encoder of visible patches alone can use this trunk (see legality)."""
+        check_visible_only(self.cfg)
 
     def flops(self, tokens_kept: int | None = None) -> float:
-        """Forward matmul FLOPs per image (a multiply-add is 2) with so many patches kept; None: all."""
-        patches = self.tokens if tokens_kept is None else tokens_kept
-        per_block = block_flops(patches + self.prefix, self.width, self.size.hidden)
-        return patches * self.patch_embed.flops() + self.depth * self.cfg.parallel * per_block
+        """Forward matmul FLOPs per image (a multiply-add is 2) with so many patches kept; None: all.
 
-
-def refuse(cfg: Model, size: Size) -> None:
-    """Raise ConfigError for parts that cannot stand together."""
-    if cfg.share > 1 and cfg.parallel > 1:
-        raise ConfigError(
-            "model.share",
-            cfg.share,
-            f"weight sharing is defined for sequential blocks, not for model.parallel={cfg.parallel}",
-            "use model.share=1 or model.parallel=1",
-        )
-    if cfg.position == "sincos" and size.width % 4:
-        raise ConfigError("model.position", "sincos", f"needs a width divisible by 4, not {size.width}", "learned")
+        iRPE, head mixing, PEGs and a head width of its own are left out: a few per cent.
+        """
+        cfg, patches = self.cfg, self.tokens if tokens_kept is None else tokens_kept
+        tokens = patches + self.prefix
+        per_block = block_flops(tokens, self.width, self.size.hidden)
+        total = patches * self.patch_embed.flops() + self.depth * cfg.parallel * per_block
+        if cfg.attention in OVER_A_MAP:
+            # There a token looks at fewer than all.
+            seen = cfg.attention_kernel**2 if cfg.attention == "convolutional" else tokens / cfg.attention_stride**2
+            total -= len(cfg.attention_blocks or self.blocks) * cfg.share * 4.0 * tokens * self.width * (tokens - seen)
+        return total
 
 
 def grid_of(image_size: int | tuple[int, int], patch: int) -> tuple[int, int]:
@@ -163,36 +222,6 @@ def position_table(kind: str, width: int, grid: tuple[int, int], prefix_rows: in
     if kind == "sincos":
         return nn.Parameter(sincos(width, grid, prefix_rows), requires_grad=False)
     return nn.Parameter(torch.zeros(1, prefix_rows + grid[0] * grid[1], width))
-
-
-def blocks_of(cfg: Model, size: Size) -> list[nn.Module]:
-    """The trunk's modules in order: depth blocks, or depth/share of them with share repetitions each."""
-    steps = max(size.depth - 1, 1)
-    ramp = [step / steps if cfg.drop_path_shape == "linear" else 1.0 for step in range(size.depth)]
-    rates = [cfg.drop_path * share for share in ramp]
-    shape = (size.width, size.heads, size.hidden)
-    if cfg.parallel > 1:
-        return [
-            ParallelBlock(
-                *shape,
-                cfg.parallel,
-                rate=rate,
-                layer_scale=cfg.layer_scale,
-                qkv_bias=cfg.qkv_bias,
-                eps=cfg.norm_eps,
-            )
-            for rate in rates
-        ]
-    return [
-        Block(
-            *shape,
-            rates=tuple(rates[first : first + cfg.share]),
-            layer_scale=cfg.layer_scale,
-            qkv_bias=cfg.qkv_bias,
-            eps=cfg.norm_eps,
-        )
-        for first in range(0, size.depth, cfg.share)
-    ]
 
 
 def initialise(module: nn.Module) -> None:

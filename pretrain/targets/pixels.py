@@ -1,6 +1,6 @@
 """MAE's target: the pixels of hidden patches."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,16 +10,18 @@ from halfseen.config import Augment
 
 from ..patches import patchify, standardise
 from ..pictures import triplets
+from .average import average
 
 
 class Pixels:
-    """The pixels of each patch, if asked relative to that patch's own mean and deviation; mean squared error.
+    """The pixels of each patch, if asked relative to that patch's own mean and deviation.
 
-    One of a family, see pretrain/targets: width numbers are predicted per patch.
+    One of a family, see pretrain/targets: width numbers are predicted per patch. error: mean "square" (MAE) or
+    "absolute" error (SimMIM).
     """
 
-    def __init__(self, patch: int, normalise: bool) -> None:
-        self.patch, self.normalise = patch, normalise
+    def __init__(self, patch: int, normalise: bool, error: Literal["square", "absolute"] = "square") -> None:
+        self.patch, self.normalise, self.error = patch, normalise, error
         self.width = patch * patch * 3
 
     @torch.no_grad()
@@ -28,9 +30,14 @@ class Pixels:
         patches = patchify(batch["image"].float(), self.patch)
         return standardise(patches)[0] if self.normalise else patches
 
-    def loss(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Mean squared error; both [..., P*P*3], of hidden patches alone."""
-        return {"loss": F.mse_loss(prediction.float(), target.float())}
+    def loss(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Mean error; both [..., P*P*3], of hidden patches alone."""
+        if weight is None:
+            measure = F.mse_loss if self.error == "square" else F.l1_loss
+            return {"loss": measure(prediction.float(), target.float())}
+        apart = prediction.float() - target.float()
+        apart = apart.square() if self.error == "square" else apart.abs()
+        return {"loss": average(apart.mean(-1), weight)}
 
     def picture(self, batch: dict[str, Any], prediction: Tensor, augment: Augment) -> Tensor:
         """Masked, reconstructed and original images, uint8 [3, height, width]."""

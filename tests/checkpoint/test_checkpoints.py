@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import subprocess
 import threading
 from collections import namedtuple
 
@@ -145,6 +146,40 @@ def test_a_write_that_fails_leaves_the_older_ones(tmp_path, monkeypatch):
         store.save(20, state(), {})
     monkeypatch.undo()
     assert store.newest().name == "img_000000000010"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {made.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_disk_that_really_fills_up_while_writing_costs_no_older_checkpoint(small_disk, monkeypatch, beside):
+    """Space that was there when the save began is gone when it is needed."""
+    store = Checkpoints(small_disk / "checkpoints", 3, World(), asynchronous=beside)
+    large = {"model.a": torch.full((250_000,), 1.0)}  # 1 MB
+    with store.writing():
+        store.save(10, large, {})
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2_600_000))
+    with pytest.raises(OSError, match=r"does not fit into .* GiB\. Nothing was written over"):
+        store.save(20, large, {})
+    monkeypatch.setattr(Checkpoints, "_refuse_full_disk", lambda *arguments: None)  # it saw the space
+    with pytest.raises(OSError, match=r"at 20 was not written: .*\(0\.\d MiB free there\)"), store.writing():
+        store.save(20, large, {})
+    assert [path.name for path in store.folder.iterdir()] == ["img_000000000010"]  # what was begun takes no space
+    filler.unlink()
+    assert store.newest().name == "img_000000000010"
+    into = {"model.a": torch.zeros(250_000)}
+    assert store.load(store.newest(), into)["position"] == 10
+    assert torch.equal(into["model.a"], large["model.a"])
 
 
 def test_another_students_checkpoint_is_refused_naming_the_tensor(tmp_path):

@@ -44,14 +44,14 @@ def test_mean_pooling_leaves_out_prefix_tokens_and_normalises_after_the_mean():
     raw = student.encoder(image)
     assert raw.shape[1] == 3 + 4
     expected = F.layer_norm(raw[:, 3:].mean(1), (32,), eps=1e-6)
-    assert torch.allclose(student.features(image), expected, atol=1e-6)
+    assert torch.allclose(student.pooled(student.encoder(image)), expected, atol=1e-6)
     assert not any(name.startswith("encoder.norm") for name, _ in student.named_parameters())
 
 
 def test_class_pooling_takes_the_class_token_after_the_final_norm():
     student = tiny(Task(pool="class"), registers=2)
     image = batch()["image"]
-    assert torch.equal(student.features(image), student.encoder(image)[:, 0])
+    assert torch.equal(student.pooled(student.encoder(image)), student.encoder(image)[:, 0])
     assert "encoder.norm.weight" in dict(student.named_parameters())
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +104,14 @@ def test_a_download_of_another_size_is_not_kept(make_shards, tmp_path):
     with pytest.raises(OSError, match="exit 3"):
         cache.open(f"pipe:cat {shard}; exit 3", None)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"] * 3
+
+
+def test_a_shard_that_cannot_be_fetched_is_named_by_its_whole_url(tmp_path):
+    pytest.importorskip("fsspec")
+    url = "memory://bucket/train-0000.tar"
+    with pytest.raises(OSError, match=re.escape(url)):
+        Cache(tmp_path).open(url, None)
+    assert not list(tmp_path.glob("*.part-*"))
 
 
 def test_least_recently_used_shards_go_first_and_those_in_use_stay(make_shards, tmp_path):

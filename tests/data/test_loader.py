@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halfseen.config import Augment, Batches, Data, Source
-from halfseen.data import evaluation_batches, index, open_set, train_batches
+from halfseen.data import evaluation_batches, index, open_set, reading, train_batches
 from halfseen.data.ledger import FREE, BadRecord, Ledger, TooManyBad
 from halfseen.data.transforms import evaluation_transform, pretrain_transform
 from halfseen.data.writer import ShardWriter
@@ -98,6 +101,27 @@ def test_the_same_image_comes_at_a_position_however_the_run_is_split(reference, 
     assert sorted(key for key, _, _ in (expected[p] for p in range(47))) == [f"s{n:06d}" for n in range(47)]
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    world=st.integers(1, 4),
+    micro=st.integers(1, 6),
+    accumulation=st.integers(1, 3),
+    start=st.integers(0, 47),
+    workers=st.sampled_from([0, 0, 0, 0, 1, 2]),  # each process costs; most cases need none
+)
+def test_no_split_and_no_restart_changes_what_comes_at_a_position(
+    reference, world, micro, accumulation, start, workers
+):
+    folder, expected = reference
+    split = Batches(world * micro * accumulation, world, micro, accumulation)
+    steps = (96 - start) // split.total
+    found: dict[int, tuple] = {}
+    for rank in range(world):
+        found |= by_position(batches_of(options(folder, workers=workers), start, split, rank, steps))
+    assert sorted(found) == list(range(start, start + steps * split.total))
+    assert all(found[position] == expected[position] for position in found)
+
+
 def test_resume_anywhere_with_another_world_and_other_workers(reference):
     folder, expected = reference
     rng = random.Random(0)
@@ -114,6 +138,18 @@ def test_resume_anywhere_with_another_world_and_other_workers(reference):
 def test_a_batch_crosses_the_end_of_an_epoch(make_shards):
     batch = batches_of(options(make_shards([5])), 0, Batches(12, 1, 12, 1), 0, 1)[0]
     assert sorted(batch["key"][:5]) == sorted(batch["key"][5:10]) == [f"s{n:06d}" for n in range(5)]
+
+
+def test_what_a_rank_reads_can_be_said_without_reading(make_shards):
+    data, split = options(make_shards([7, 5])), Batches(8, 2, 2, 2)
+    words = reading(open_set(data, "train"), data, SEED, split)
+    for rank in range(2):
+        for number, batch in enumerate(batches_of(data, 16, split, rank, 1)):
+            text = words(rank, 16, number)
+            assert text.startswith(f"images {batch['position'][0]} to {batch['position'][-1]}: ")
+            said = re.findall(r"part-(\d+)\.tar \(samples ([\d, ]+)\)", text)
+            found = [7 * int(shard) + int(sample) for shard, samples in said for sample in samples.split(", ")]
+            assert sorted(found) == sorted(int(key[1:]) for key in batch["key"])
 
 
 def test_batches_have_what_the_contract_says(make_shards):
@@ -207,7 +243,7 @@ def test_too_many_bad_samples_stop_the_run_and_say_where(tmp_path, jpeg):
 def test_a_set_of_nothing_good_ends_instead_of_searching_for_ever(tmp_path):
     with ShardWriter(tmp_path / "bad.tar") as shard:
         shard.write("k", {"jpg": b"not a picture", "cls": b"0"})
-    with pytest.raises(RuntimeError, match="in a row are bad"):
+    with pytest.raises(TooManyBad, match="in a row are bad"):
         batches_of(options(tmp_path), 0, Batches(1, 1, 1, 1), 0, 1)
 
 

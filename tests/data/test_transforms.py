@@ -21,6 +21,8 @@ from halfseen.data.transforms import (
     pretrain_transform,
     randaugment,
     resize,
+    simple_crop,
+    three_augment,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -208,3 +210,40 @@ def test_normalise():
     assert result.shape == batch.shape
     assert (result - expected).abs().max() < 2e-6
     assert math.isclose(float(normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), [0.5] * 3, [0.5] * 3)[0, 0]), -1)
+
+
+# ---------------------------------------------------------------------------------------------- DeiT III
+
+
+def test_three_augment_does_what_pillow_does_each_a_third_of_the_time():
+    source = image()
+    picture, counts = pillow(source), {"grey": 0, "solarised": 0, "blurred": 0}
+    grey, solarised = as_int(picture.convert("L").convert("RGB")), as_int(ImageOps.solarize(picture))
+    for seed in range(90):
+        found = three_augment(source, random.Random(seed)).int()
+        if (found - solarised).abs().max() == 0:
+            counts["solarised"] += 1
+        elif (found - grey).abs().max() <= 1:  # luma in whole steps, cut here and rounded there
+            counts["grey"] += 1
+        else:
+            assert found.float().std() <= source.float().std()  # a radius of 0.1 changes nothing
+            counts["blurred"] += 1
+    assert all(15 < count < 45 for count in counts.values())
+
+
+def test_the_simple_crop_keeps_nearly_everything_and_reflects_four_pixels():
+    source = image(40, 80)
+    found = {simple_crop(source, (40, 40), random.Random(seed))[0].numpy().tobytes() for seed in range(60)}
+    assert len(found) > 30
+    padded = torch.nn.functional.pad(source[None].float(), (4, 4, 4, 4), mode="reflect")[0].to(torch.uint8)
+    windows = padded.unfold(1, 40, 1).unfold(2, 40, 1)[0].reshape(-1, 40, 40)
+    assert found <= {window.contiguous().numpy().tobytes() for window in windows}
+
+
+def test_deit_three_options_reach_the_training_view():
+    augment = Augment(simple_crop=True, three_augment=True, flip=0.0)
+    plain = Augment(simple_crop=True, flip=0.0)
+    for seed in range(4):
+        view = finetune_transform(augment, 24)(image(), random.Random(seed))
+        assert view.shape == (3, 24, 24)
+        assert not torch.equal(view, finetune_transform(plain, 24)(image(), random.Random(seed)))

@@ -23,11 +23,46 @@ TITLES = {
 HEAD = """# Engines: what is tested
 
 Made from the tests by `python tests/engines/engine_table.py`; do not edit. A number is the number of CPU (gloo)
-ranks on which ten steps were compared with one process: losses and gradient norms within 1e-6 relative in fp32,
-2e-2 under bf16 and fp16 autocast, with two micro-batches per update (one on four ranks), clipping, layer-wise rates,
-a block used twice and a tied weight. "refused" is an error at start; an empty cell was not tested and is not
-claimed. Nothing here ran on a GPU.
+ranks on which six steps were compared with one process: losses and gradient norms within 1e-6 relative in fp32,
+2e-2 under bf16 and fp16 autocast, with two micro-batches per update (one on four ranks, or as the column says),
+clipping, layer-wise rates, a block used twice and a tied weight. Compiled blocks ran on torch's `aot_eager` backend.
+"refused" is an error at start; an empty cell was not tested and is not claimed. Nothing here ran on a GPU.
 
+"""
+
+
+TAIL = """
+## FairScale's FullyShardedDataParallel
+
+`engine.fairscale=full` needs CUDA and was not yet run on a GPU. Its logic was compared with one process on two and
+three CPU ranks on which CUDA's streams were replaced by nothing (`tests/engines/test_fairscale_fsdp.py`): fp32,
+bf16 autocast, averages, recomputation, frozen and tied weights, and a checkpoint of another engine. On a CPU it is
+refused; `engine.name=fsdp` does the same.
+
+## Blocks that share weights
+
+A group of blocks with one set of weights (`model.share`) is one unit: one call, gathered once for the forward and
+once for the backward, reduced once, recomputed and compiled as a whole. FSDP2's all-gathers in a step of six blocks
+were 13, 7 and 5 for groups of one, two and three (`tests/engines/test_shared.py` counts messages and bytes, under
+ZeRO-3 too). ZeRO-3 keeps a weight for its next use when that is nearer than DeepSpeed's `stage3_max_reuse_distance`
+(10^9 weights by default): set in `engine.extra`, it must stay above the size of a block. Under autocast the uses of
+a shared weight are summed in fp32.
+
+## Recomputation
+
+`engine.recompute` recomputes block by block, without re-entering the backward; compiled blocks too. With
+`engine.offload_activations` each block's input waits in pinned host memory meanwhile; on a CPU, where it was tested,
+nothing has to be copied. FairScale's `checkpoint_wrapper` is not used for it: it re-enters the backward, which is wrong
+where blocks share weights, and on a GPU it recomputes under fp16 autocast whatever the forward had.
+
+## FSDP2: what travels
+
+`engine.gather=fp32` is the default: weights are gathered in fp32 and autocast casts them, so every operator
+computes what it computes under DDP, and a run may change engines without a seam. `engine.gather=bf16` halves that
+traffic (a `MixedPrecisionPolicy` for the blocks, gradients reduced in fp32); norms and biases are then rounded too,
+activations between blocks are bf16, and the uses of a shared weight are summed in bf16. `engine.offload=true` keeps
+masters and moments in host memory and updates them there: each step then waits for the device. Both ran on CPU
+ranks only.
 """
 
 
@@ -55,7 +90,7 @@ def page() -> str:
 A checkpoint written in any of these {len(test_switch.PLACES)} places (engine-ranks) was continued in every other, all
 {len(test_switch.PLACES) ** 2} ordered pairs, and the losses stayed on the uninterrupted curve: {places}.
 """
-    return HEAD + "\n".join(lines) + "\n" + switch
+    return HEAD + "\n".join(lines) + "\n" + switch + TAIL
 
 
 if __name__ == "__main__":

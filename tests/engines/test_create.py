@@ -1,17 +1,21 @@
 """Which engine a config asks for, and what is refused before anything is changed."""
 
+import itertools
 import re
 import sys
 
 import pytest
 import ranks
+from hypothesis import given
+from hypothesis import strategies as st
 from toys import GATHER_ALL, Student, make
 
-from halfseen import config
+from halfseen import config, engines
 from halfseen.config import ConfigError
 from halfseen.distributed import World
+from halfseen.engines.base import batched
 from halfseen.engines.deepspeed import derive
-from halfseen.engines.fsdp import mesh, units
+from halfseen.engines.fsdp import units
 
 
 def test_auto_on_one_rank_is_single():
@@ -41,8 +45,13 @@ REFUSED = [
     ("zero3", {"optimizer": {"name": "lamb"}}, r"optim\.name='lamb'.*stage 3"),
     ("zero3", {"compile": True}, r"engine\.compile"),
     ("zero0", {"offload": True}, r"engine\.offload"),
-    ("zero2", {"shard_size": 2}, r"engine\.shard_size"),
-    ("oss", {"shard_size": 2}, r"engine\.shard_size"),
+    ("zero2", {"shard_size": 2}, r"engine\.shard_size.*option of fsdp"),
+    ("oss", {"offload": True}, r"engine\.offload.*option of fsdp and deepspeed"),
+    ("ddp", {"offload": True}, r"engine\.offload.*ignored by ddp"),
+    ("ddp", {"offload_activations": True}, r"engine\.offload_activations.*\n.*recompute=true"),
+    ("auto", {"gather": "bf16"}, r"engine\.gather.*option of fsdp"),
+    ("fsdp", {"gather": "bf16"}, r"engine\.gather.*precision=fp32"),
+    ("fsdp", {"extra": "/nowhere.json"}, r"engine\.extra.*option of deepspeed"),
     ("sharded", {"optimizer": {"name": "lamb", "clip": None}}, r"optim\.name='lamb'"),
     ("zero2", {"extra": "/nowhere.json"}, r"engine\.extra='/nowhere\.json'"),
 ]
@@ -107,6 +116,17 @@ def test_a_chain_of_shared_weights_is_one_unit():
     assert units(student.blocks(), student) == [[first, second, third]]
 
 
+@given(st.lists(st.integers(1, 20)), st.integers(1, 30))
+def test_batches_hold_everything_once_in_order_and_stay_small(sizes, most):
+    named = dict(enumerate(sizes))
+    batches = list(batched(named, most))
+    assert [key for batch in batches for key in batch] == list(named)
+    for batch in batches:
+        assert len(batch) == 1 or sum(named[key] for key in batch) <= most
+    for batch, after in itertools.pairwise(batches):
+        assert sum(named[key] for key in (*batch, after[0])) > most
+
+
 def test_a_weight_tied_to_the_outside_of_the_blocks_is_refused():
     student = Student(tied=False)
     student.embed.bias = student.layers[1].norm.bias
@@ -115,8 +135,10 @@ def test_a_weight_tied_to_the_outside_of_the_blocks_is_refused():
 
 
 def test_a_shard_group_must_divide_the_world():
+    cfg = config.Engine(name="fsdp", shard_size=4)
+    engines.refuse(cfg, config.Optim(), None)  # a launcher does not know yet
     with pytest.raises(ConfigError, match=r"engine\.shard_size.*\n.*\[1, 2, 3, 6\]"):
-        mesh(6, 4, "cpu")
+        engines.refuse(cfg, config.Optim(), 6)
 
 
 def unlike(world):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import ranks
 import torch
-from toys import TOTAL, make, steps, stream
+from toys import TOTAL, Traffic, make, steps, stream
 
 from halfseen.config import Batches
 from halfseen.distributed import World
@@ -39,6 +39,9 @@ def promises(world, name):
     found["logits"].append(engine.predict(batch)["logits"])
     before = snapshot(engine)
     found["keys"] = sorted(before)
+    with Traffic() as traffic:
+        engine.state()
+    found["messages"] = sum(traffic.count.values())
     bad = steps(engine, world, 1, start=3 * TOTAL, poison=(4 * TOTAL - 1,))[0]  # owned by the last rank
     found["bad"], found["left"] = bad["loss"], differing(before, snapshot(engine))
     found["skipped"] = engine.skipped(), engine.first_skipped, engine.skipped()
@@ -105,6 +108,12 @@ def test_names_are_those_of_the_plain_student(found, expected):
         assert rank["keys"] == expected["keys"]
         assert rank["aliases"] == expected["aliases"] == {"layers.2.grow.weight": "layers.0.grow.weight"}
         assert rank["rates"].keys() == expected["rates"].keys()
+
+
+def test_a_state_is_put_together_in_few_messages(found):
+    """A save holds the run up that long; here are 17 parameters, each with two moments and an average."""
+    for rank in found:
+        assert rank["messages"] <= 4
 
 
 def test_deepspeed_says_what_it_was_told():

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torchvision.io import encode_png
 
 from halfseen import engines, optim
+from halfseen.classification.answers import Answers
 from halfseen.classification.evaluation import (
+    BINS,
     Normalise,
     Result,
     check_labels,
@@ -117,6 +119,12 @@ def check(result):
     for true, predicted in zip(label.tolist(), logits.argmax(1).tolist()):
         direct[true, predicted] += 1
     assert torch.equal(result.confusion, direct)
+    confidence, hit = logits.softmax(1).max(1).values, (logits.argmax(1) == label).float()
+    error = 0.0
+    for low in range(BINS):
+        inside = (confidence * BINS).long() == low
+        error += abs(float(confidence[inside].sum() - hit[inside].sum())) / IMAGES
+    assert result.ece == pytest.approx(error, abs=1e-6)
     per_class = [(logits.argmax(1) == label)[label == k].double().mean() for k in range(CLASSES - 1)]
     assert torch.allclose(result.per_class[:-1], torch.stack(per_class))
     assert result.per_class[-1].isnan(), "a class without images has no accuracy"
@@ -216,6 +224,49 @@ def test_what_is_left_out_is_counted_over_ranks_and_said():
     assert "left out" not in str(confused())
 
 
+def judged(answers, label=(0, 1, 2), keys=("a_1", "b_2", "c_3")):
+    """Three images whose best classes are 0, 2 and 1, in this order of five: 0 2 1 3 4, 2 ..., 1 ..."""
+    image = torch.tensor([[5.0, 3, 4, 2, 1], [3, 4, 5, 2, 1], [3, 5, 4, 2, 1]])
+    batch = {"image": image, "label": torch.tensor(label), "position": torch.arange(3), "key": list(keys)}
+    return evaluate(Echo(), [batch], lambda batch: batch, 5, Ranks(1).member(0), answers=answers)
+
+
+def test_another_sets_labels_are_mapped_and_other_classes_can_be_shut_out():
+    assert judged(Answers()).top1 == pytest.approx(1 / 3)
+    assert judged(Answers([0, 2, 1])).top1 == 1.0, "label 1 of that set is class 2 here"
+    few = Answers([3, 4], only=True)
+    assert few.label_count(5) == 2
+    result = judged(few, label=(0, 1, 0))
+    assert (result.count, result.top1) == (3, pytest.approx(2 / 3)), "3 is likelier than 4 on every image"
+    assert judged(Answers([3, 4]), label=(0, 1, 0)).top1 == 0.0
+
+
+def test_several_right_answers_count_and_images_without_one_do_not():
+    for images in ({"a_1": [4, 0], "b_2": [], "c_3": [0]}, [[4, 0], [], [0]]):
+        result = judged(Answers(images=images))
+        assert (result.count, result.top1, result.top5) == (2, 0.5, 1.0)
+        assert result.confusion[0].tolist() == [1, 1, 0, 0, 0]
+    with pytest.raises(ConfigError, match="has no number among the answers"):
+        judged(Answers(images=[[1]]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[0, 9]", "is no class"), ("{", "cannot be read"), ('{"label": [1]}', "has other keys")]
+)
+def test_a_label_file_that_is_wrong_is_refused(tmp_path, content, message):
+    (tmp_path / "map.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Answers.read(tmp_path / "map.json", None, 5)
+
+
+def test_label_files_are_read(tmp_path):
+    (tmp_path / "map.json").write_text('{"labels": [4, 2], "only": true}')
+    (tmp_path / "real.json").write_text('{"x": [1, 2]}')
+    answers = Answers.read(tmp_path / "map.json", tmp_path / "real.json", 5)
+    assert answers == Answers([4, 2], True, {"x": [1, 2]})
+    assert answers.allowed(5).tolist() == [False, False, True, False, True]
+
+
 def test_a_set_without_a_usable_image_is_refused():
     with pytest.raises(ConfigError, match="none of its 3 images"):
         evaluate(Echo(), [{**EMPTY, "left_out": 3}], lambda batch: batch, CLASSES, Ranks(1).member(0))
@@ -255,9 +306,8 @@ def test_the_report_can_be_read_back(tmp_path, capsys):
     assert content["val/top1"] == 0.6
     assert content["val/left_out"] == 0
     assert content["confusion"][2] == [4, 6, 0]
-    printed = capsys.readouterr().out
-    assert "top-1 60.00%" in printed
-    assert "worst classes" in printed
+    assert content["per_class"] == [0.8, 1.0, 0.0]
+    assert "worst classes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("classes", "side"), [(3, 60), (7, 60), (100, 50)])
@@ -321,6 +371,25 @@ def test_bad_images_of_an_evaluation_are_printed_counted_and_listed(run, tmp_pat
     assert [row["key"] for row in rows] == [f"k{number}" for number in range(13) if number % 3 != 1]
     main([str(run)])
     assert len((run / "evaluation-ledger.jsonl").read_text().splitlines()) == 9, "each is listed once"
+
+
+def test_predictions_mistakes_and_several_sizes_are_written(run, tmp_path, capsys):
+    names = ("predictions.jsonl", "mistakes.png", "confusion.png", "numbers.json")
+    listed, mistakes, confusion, numbers = (tmp_path / name for name in names)
+    options = ["--predictions", str(listed), "--gallery", str(mistakes), "--confusion", str(confusion)]
+    assert main([str(run), *options, "--sizes", "32,48", "--json", str(numbers)]) == 0
+    assert "48 px: top-1" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "predictions_32.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == ["k1", "k4", "k7", "k10"], "in the order of the set"
+    content = json.loads(numbers.read_text())["sizes"]["32"]
+    assert sum(row["classes"][0] in row["right"] for row in rows) == content["val/top1"] * 4
+    assert all(abs(sum(row["probabilities"]) - 1) < 1e-4 for row in rows)
+    assert (tmp_path / "mistakes_48.png").read_bytes()[:4] == confusion.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_file_for_predictions_that_cannot_be_written_is_refused_first(run):
+    with pytest.raises(ConfigError, match=r"end its name in \.jsonl or \.parquet"):
+        main([str(run), "--predictions", "p.csv"])
 
 
 def test_options_may_come_after_flags(run, capsys):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from halfseen.checkpoint import read_weights
 from halfseen.classification import evaluation
@@ -99,8 +100,11 @@ class Script:
 def evaluations(tmp_path, monkeypatch, script, results, *overrides):
     given = iter(results)
 
-    def fake(engine, batches, prepare, classes, world):
+    def fake(engine, batches, prepare, classes, world, sink=None):
         top1 = next(given)
+        if sink:
+            image, right = torch.zeros(1, 3, 32, 32), torch.tensor([[True, False]])
+            sink({"image": image, "position": torch.tensor([3])}, torch.tensor([[0.2, 0.8]]), right)
         # The averaged weights do better, so the file must take them from inside the context.
         top1 += 0.05 if script.swapped else 0.0
         return Result(20, top1, 1.0, 2.0, torch.eye(3, dtype=torch.int64))
@@ -124,7 +128,7 @@ def test_evaluations_are_kept_with_the_best_and_a_resume_drops_later_ones(tmp_pa
     assert [entry["position"] for entry in content["evaluations"]] == [16, 32]
     assert content["best"]["val/top1"] == 0.25
     assert "top-1 25.00%" in script.notes[-1]
-    assert script.pictures[0] == (16, "val/confusion", torch.uint8)
+    assert script.pictures[:2] == [(16, "val/confusion", torch.uint8), (16, "val/mistakes", torch.uint8)]
 
 
 def test_averaged_weights_are_evaluated_too_and_can_be_the_best(tmp_path, monkeypatch):
@@ -133,6 +137,42 @@ def test_averaged_weights_are_evaluated_too_and_can_be_the_best(tmp_path, monkey
     assert both(script, script, 16)["val_ema/top1"] == pytest.approx(0.35)
     both(script, script, 32)
     assert json.loads((tmp_path / "evaluation.json").read_text())["best"]["position"] == 16
+
+
+class Weighing(Script):
+    """An engine whose weights tell which ones they are: plain ones 0, averages 1, and the evaluation's number."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def weights(self, ema=False):
+        self.asked += 1
+        return {"w": torch.tensor([float(ema), float(self.asked)])}
+
+
+def test_the_weights_of_the_best_evaluation_are_kept(tmp_path, monkeypatch):
+    script = Weighing()
+    once = evaluations(tmp_path, monkeypatch, script, [0.1, 0.3, 0.2, 0.3, 0.4], "task.keep_best=true")
+    kept = []
+    for position in (16, 32, 48, 64, 80):
+        once(script, script, position)
+        kept.append(load_file(tmp_path / "best.safetensors")["w"][1].item())
+    assert kept == [1, 2, 2, 2, 3], "only a better one replaces it"
+    both = evaluations(tmp_path / "ema", monkeypatch, script, [0.1, 0.1], "task.keep_best=true", "engine.ema=0.9")
+    (tmp_path / "ema").mkdir()
+    both(script, script, 16)
+    assert load_file(tmp_path / "ema" / "best.safetensors")["w"][0] == 1, "the averages did better"
+
+
+def test_keeping_the_best_needs_an_evaluation():
+    with pytest.raises(ConfigError, match="nothing is evaluated"):
+        config("task.keep_best=true", "data.val=null")
+
+
+def test_bf16_weights_need_bf16_products():
+    with pytest.raises(ConfigError, match=r"task\.frozen='bf16': the forward runs in fp32"):
+        config("task.frozen=bf16", "task.train=attention")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,12 @@ CASES = {
     "deit_v2_a_layerscale": "deit",
     "deit_v2_b_parallel_ls_hmlp": "deit",
     "deit_hmlp_stem_a": "deit_stem",
+    "deepvit_reattn_a": "deepvit",
+    "cpvt_v2_a": "cpvt",
+    "peg_a": "peg",
+    "hdvw_attention2d_b_k2_mask": "hdvw",
+    "hdvw_alternet_block_a": "hdvw",
+    "hdvw_convit_a": "hdvw_convit",
 }
 
 

@@ -116,6 +116,7 @@ def test_a_shared_gradient_is_the_sum_over_untied_copies():
     out = shared(shared(x, 0), 1)
     expected = second(first(x))
     torch.testing.assert_close(out, expected)
+    assert torch.equal(shared(x), out)  # one call for all repetitions
     out.square().sum().backward()
     expected.square().sum().backward()
     for name in ("attn.qkv.weight", "attn.proj.bias", "mlp.fc1.weight", "mlp.fc2.bias"):

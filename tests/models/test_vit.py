@@ -218,6 +218,15 @@ def test_flops_are_those_of_the_published_models():
     assert vit.flops(49) < vit.flops() / 3.9
 
 
+def test_attention_to_a_window_costs_only_the_window():
+    with torch.device("meta"):
+        everywhere, near = (
+            ViT(Model(size="s", class_token=False, attention=kind), 224) for kind in ("softmax", "convolutional")
+        )
+    products = 2 * 2 * 196 * 384  # FLOPs per key, block and image: scores and weighted values
+    assert everywhere.flops() - near.flops() == pytest.approx(12 * products * (196 - 9))
+
+
 def test_block_flops_count_matrix_products():
     tokens, width, hidden, asked = 5, 4, 16, 3
     qkv = asked * width * width + tokens * 2 * width * width

@@ -1,12 +1,18 @@
 """The convert command: files in and out, in every layout."""
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from halfseen.config import ConfigError
+from halfseen.pretrain import train as pretraining
 from halfseen.tools import convert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -41,8 +47,8 @@ def test_what_has_no_place_in_the_destination_is_named(tmp_path, capsys):
     save_file(official("mae_pretrain_a"), source)
     convert.main([str(source), str(timm), "--to", "timm"])
     printed = capsys.readouterr().out
-    assert "left out" in printed
-    assert "decoder.pred" in printed
+    unused = next(line for line in printed.splitlines() if "unused" in line)
+    assert "decoder.pred" in unused
     assert not [name for name in load_file(timm) if "decoder" in name or "mask_token" in name]
 
 
@@ -62,3 +68,199 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
     weight = torch.randn(3, 3)
     convert.write({"a": weight, "b": weight, "c": weight[:1]}, tmp_path / "tied.safetensors")
     assert same(load_file(tmp_path / "tied.safetensors"), {"a": weight, "b": weight, "c": weight[:1]})
+
+
+def randomised(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def timm_file(path, name, **options):
+    torch.save(randomised(timm.create_model(name, **options)).state_dict(), path)
+    return str(path)
+
+
+SMALL = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+TIMM = {
+    "plain": ("vit_tiny_patch16_224", SMALL),
+    "parallel": ("vit_small_patch16_18x2_224", SMALL),
+    "scaled": ("deit3_small_patch16_224", SMALL),
+    "registers, pooled before the norm": ("vit_base_patch16_reg4_gap_256", SMALL),
+    "distilled": ("deit_tiny_distilled_patch16_224", SMALL),
+    "beit": ("beit_base_patch16_224", SMALL),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_a_timm_model_computes_the_same_here_and_the_file_says_so(tmp_path, capsys, kind):
+    name, options = TIMM[kind]
+    given, ours, back = (tmp_path / f"{part}.safetensors" for part in ("given", "ours", "back"))
+    model = randomised(timm.create_model(name, **options))
+    save_file(model.state_dict(), given)
+    heads = ["--heads", "3"] if kind not in ("beit", "swin") else []
+    size = ["--image-size", "64"] if kind == "swin" else []
+    assert convert.main([str(given), str(ours), "--to", "halfseen", *heads, *size]) == 0
+    assert "proof     equal to timm" in capsys.readouterr().out
+    told = metadata(ours)
+    proof, model_told = json.loads(told["proof"]), json.loads(told["architecture"])
+    assert proof["equal"] is True
+    assert proof["largest_difference"] < 1e-3
+    assert model_told["image_size"] == 64
+    assert model_told["trunk"] == ("swin" if kind == "swin" else "vit")
+    assert told["converted_from"].startswith("timm")
+    assert told["source_sha256"] == hashlib.sha256(given.read_bytes()).hexdigest()
+    assert json.loads(told["coverage"])["new"]["tensors"] == 0
+    assert convert.main([str(ours), str(back), "--to", told["converted_from"], "--no-proof", *heads]) == 0
+    assert same(load_file(back), load_file(given))
+
+
+def test_wrong_weights_are_not_proven(tmp_path, capsys, monkeypatch):
+    """A layout that mixed two weights up would still load; the forward pass tells."""
+    given = timm_file(tmp_path / "given.pth", "vit_tiny_patch16_224", **SMALL)
+    layout = convert.LAYOUTS["timm"]
+
+    def swapped(names):
+        table = layout.to_ours(names)
+        one, two = "blocks.0.attn.proj.bias", "blocks.1.attn.proj.bias"
+        return table | {one: table[two], two: table[one]}
+
+    monkeypatch.setitem(convert.LAYOUTS, "timm", dataclasses.replace(layout, to_ours=swapped))
+    out = tmp_path / "out.safetensors"
+    assert convert.main([given, str(out), "--from", "timm", "--to", "halfseen", "--heads", "3"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_a_model_with_unknown_parts_is_not_proven(tmp_path, capsys):
+    given = timm_file(tmp_path / "given.pth", "vit_base_patch16_clip_224", **SMALL)
+    convert.main([given, str(tmp_path / "out.safetensors"), "--to", "halfseen", "--heads", "3", "--coverage", "0.9"])
+    assert "norm_pre" in capsys.readouterr().out
+    assert json.loads(metadata(tmp_path / "out.safetensors")["proof"])["witness"] is None
+
+
+def test_positions_move_to_another_size_and_are_counted(tmp_path, capsys):
+    given, out = timm_file(tmp_path / "given.pth", "beit_base_patch16_224", **SMALL), tmp_path / "out.safetensors"
+    assert convert.main([given, str(out), "--to", "halfseen", "--image-size", "96"]) == 0
+    counts = json.loads(metadata(out)["coverage"])
+    assert counts["resized"]["tensors"] == 2
+    assert json.loads(metadata(out)["architecture"])["image_size"] == 96
+    assert load_file(out)["encoder.blocks.0.attn.relative_position_bias_table"].shape == (11 * 11 + 3, 3)
+
+
+def test_missing_weights_are_refused_by_the_share_of_the_trunk(tmp_path):
+    weights = randomised(timm.create_model("vit_tiny_patch16_224", **SMALL)).state_dict()
+    torch.save({name: value for name, value in weights.items() if "mlp.fc2" not in name}, tmp_path / "given.pth")
+    arguments = [str(tmp_path / "given.pth"), str(tmp_path / "out.pth"), "--to", "halfseen", "--heads", "3"]
+    with pytest.raises(ConfigError, match=r"of the trunk is given; missing: encoder\.blocks"):
+        convert.main(arguments)
+    assert convert.main([*arguments, "--coverage", "0.5"]) == 0
+    told = torch.load(tmp_path / "out.pth", weights_only=True)["halfseen"]
+    assert json.loads(told["coverage"])["new"]["tensors"] == 4
+    assert "fc2" in json.loads(told["proof"])["reason"]
+
+
+class Code:
+    """Unpickling this would call a function."""
+
+    def __reduce__(self):
+        return (print, ("hello",))
+
+
+def test_a_pickle_with_code_is_refused_with_a_safe_path(tmp_path, capsys):
+    torch.save({"model": Code()}, tmp_path / "given.bin")
+    with pytest.raises(ConfigError, match="is a pickle that runs code") as refused:
+        convert.main([str(tmp_path / "given.bin"), str(tmp_path / "out.pth"), "--to", "halfseen"])
+    assert "print" in refused.value.reason
+    assert "state_dict()" in refused.value.fix
+    assert "hello" not in capsys.readouterr().out
+
+
+def test_heads_that_nobody_tells_are_asked_for(tmp_path, capsys):
+    given, out = timm_file(tmp_path / "given.pth", "vit_tiny_patch16_224", **SMALL), tmp_path / "out.safetensors"
+    assert convert.main([given, str(out), "--to", "halfseen"]) == 0
+    assert "usually one per 64 channels" in capsys.readouterr().out
+    assert "architecture" not in metadata(out)
+
+
+def test_official_simmim_weights_are_proven_by_timm(tmp_path, capsys):
+    for case, model in (("simmim_vit_a", "Beit"), ("simmim_swin_a", "SwinTransformer")):
+        torch.save({"model": official(case)}, tmp_path / "given.pth")
+        size = ["--image-size", "64"] if "swin" in case else []
+        arguments = [str(tmp_path / "given.pth"), str(tmp_path / "ours.safetensors"), "--to", "halfseen", *size]
+        assert convert.main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert "simmim -> halfseen" in printed
+        assert "equal to timm" in printed
+        assert model in printed
+        assert convert.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pth"), "--to", "simmim"]) == 0
+        capsys.readouterr()
+        back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+        expected = {name: value for name, value in official(case).items() if not name.endswith("attn_mask")}
+        assert same(back, expected)
+
+
+def test_a_transformers_file_is_proven_by_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    config = transformers.ViTConfig(**sizes, image_size=64, patch_size=16)
+    randomised(transformers.ViTForImageClassification(config)).save_pretrained(tmp_path)
+    given, ours, back = (tmp_path / name for name in ("model.safetensors", "ours.safetensors", "back.safetensors"))
+    assert convert.main([str(given), str(ours), "--to", "halfseen"]) == 0
+    assert "equal to transformers" in capsys.readouterr().out
+    assert json.loads(metadata(ours)["architecture"])["model"]["norm_eps"] == 1e-12
+    assert convert.main([str(ours), str(back), "--to", "transformers_vit", "--no-proof", "--heads", "3"]) == 0
+    assert same(load_file(back), load_file(given))
+
+
+def test_transformers_reads_what_is_written_for_it(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    given, folder = timm_file(tmp_path / "given.pth", "beit_base_patch16_224", **SMALL), tmp_path / "model"
+    folder.mkdir()
+    assert (
+        convert.main([given, str(folder / "model.safetensors"), "--to", "transformers_beit", "--coverage", "0.9"]) == 0
+    )
+    capsys.readouterr()
+    model, told = transformers.AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "BeitForImageClassification"
+    assert not told["unexpected_keys"]
+    assert not [name for name in told["missing_keys"] if not name.endswith("mask_token")]
+    image = torch.randn(2, 3, 64, 64)
+    theirs = timm.create_model("beit_base_patch16_224", **SMALL).eval()
+    theirs.load_state_dict(torch.load(given, weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(image).logits, theirs(image), rtol=1e-4, atol=1e-4)
+
+
+def test_parts_the_destination_lacks_are_refused(tmp_path):
+    given = timm_file(tmp_path / "given.pth", "beit_base_patch16_224", **SMALL)
+    with pytest.raises(ConfigError, match=r"has no place for encoder\.blocks"):
+        convert.main([given, str(tmp_path / "out.safetensors"), "--to", "transformers_vit"])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_run_tells_its_architecture_and_statistics(tmp_path, capsys):
+    overrides = [
+        *("model.width=32", "model.depth=2", "model.heads=2", "objective.mae.decoder_width=32", "data.workers=0"),
+        *("run.images=96", "run.checkpoint_every=96", "optim.warmup=0", "monitor.tensorboard=false"),
+        *(f"run.folder={tmp_path / 'run'}", "data.limit=48", "model.share=2"),
+    ]
+    assert pretraining.main(["pretrain/demo", *overrides]) == 0
+    out = tmp_path / "out.safetensors"
+    capsys.readouterr()
+    assert convert.main([str(tmp_path / "run"), str(out), "--to", "halfseen"]) == 0
+    told = metadata(out)
+    assert json.loads(told["architecture"])["stem"] == "hmlp"
+    assert json.loads(told["normalisation"])["mean"] == [0.485, 0.456, 0.406]
+    assert told["stage"] == "pretrain"
+    assert "has no such" in json.loads(told["proof"])["reason"]  # nobody else shares blocks behind an hMLP stem

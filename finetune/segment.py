@@ -1,0 +1,261 @@
+"""Semantic segmentation: a small head on the trunk, trained over pictures with masks, judged by mean IoU."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfseen import data, distributed, selection, stage
+from halfseen.classification.evaluation import Share, in_step
+from halfseen.config import ConfigError
+from halfseen.data.pairs import NOTHING, JointCrop, evaluation_pairs, train_pairs
+from halfseen.data.transforms import normalise
+from halfseen.distributed import World
+from halfseen.engines import Engine
+from halfseen.models import ViT
+from halfseen.monitor import Monitor
+from halfseen.optim import trunk_layers
+
+from .segment_config import Pixels, Segment
+
+SCHEMA = Segment
+
+
+def main(argv: Sequence[str]) -> int:
+    """``halfseen segment RECIPE_OR_RUN key=value ...``; returns the exit code."""
+    opened = stage.open_run(SCHEMA, argv)
+    config, folder = opened.config, opened.folder
+    with distributed.started(config.engine.device) as world:
+        made = parts(config, world, folder)
+        stage.announce(config, folder, made, world)
+        if world.main:
+            print(f"trains    {selection.describe(made.student, config.pixels.train)}", flush=True)
+        evaluate = Evaluations(config, folder, made.batches.micro, world) if config.data.val else None
+        outcome = stage.run(opened, made, world, evaluate=evaluate)
+    return stage.exit_code(outcome)
+
+
+def parts(config: Segment, world: World, folder: Path) -> stage.Parts:
+    """What this stage trains, on which data, prepared how; ``halfseen replay`` needs no more."""
+    stage.seed_weights(config.run.seed)
+    student = Segmenter(ViT(config.model, config.data.image_size), config.pixels, config.data.classes)
+    train_set = data.open_set(config.data, "train")
+    batches, spans = stage.derive(config, train_set, world)
+    crop = JointCrop(config.data.image_size, config.pixels.scale, config.augment.flip)
+
+    def stream(start: int) -> Iterator[dict[str, Any]]:
+        return train_pairs(
+            train_set,
+            config.data,
+            crop,
+            seed=config.run.seed,
+            start=start,
+            plan=batches,
+            rank=world.rank,
+            ledger=folder / "ledger.jsonl",
+            pin=world.device.type == "cuda",
+        )
+
+    prepare = Prepare(config, world.device)
+    return stage.Parts(student, train_set, batches, spans, stream, prepare, student.layer_of, student.layers())
+
+
+# ------------------------------------------------------------------------------------------------ the student
+
+
+class Segmenter(nn.Module):
+    """A trunk and a head that names every pixel.
+
+    forward(batch) takes image float [B, 3, S, S] and target int64 [B, S, S] (NOTHING where no class counts); it returns
+    the mean cross entropy over pixels. With task="predict" it returns logits [B, K, S, S].
+    """
+
+    def __init__(self, encoder: ViT, cfg: Pixels, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        depth = encoder.depth
+        # The last block of each quarter of the depth, as BEiT and ViT-Adapter's baselines read a plain trunk.
+        self.read = [depth * part // 4 - 1 for part in (1, 2, 3, 4)] if cfg.head == "pyramid" else [depth - 1]
+        if cfg.head == "pyramid" and depth < 4:
+            raise ConfigError("pixels.head", cfg.head, f"reads four depths of a trunk of {depth} blocks", "linear")
+        encoder.norm = nn.Identity()  # the head reads blocks, each with a norm of its own
+        self.head = (
+            Pyramid(encoder.width, cfg.width, classes) if cfg.head == "pyramid" else Single(encoder.width, classes)
+        )
+        selection.freeze(self, cfg.train)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See the class."""
+        layers = self.encoder.trace(batch["image"], layers=self.read).layers
+        maps = [self._map(layers[block]) for block in self.read]
+        size = batch["image"].shape[2:]
+        logits = F.interpolate(self.head(maps).float(), size, mode="bilinear", align_corners=False)
+        if batch.get("task", "train") == "predict":
+            return {"logits": logits}
+        target = batch["target"]
+        # A mean that is 0, not NaN, where every pixel is of no class.
+        loss = F.cross_entropy(logits, target, ignore_index=NOTHING, reduction="sum")
+        counted = (target != NOTHING).sum()
+        hits = ((logits.detach().argmax(1) == target) & (target != NOTHING)).sum()
+        return {"loss": loss / counted.clamp(min=1), "accuracy": hits / counted.clamp(min=1)}
+
+    def _map(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, prefix + N, D] to the patches as [B, h, w, D]."""
+        return tokens[:, self.encoder.prefix :].unflatten(1, self.encoder.grid)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """What is frozen stays as it is, as in the classifier."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self.encoder.eval()
+        selection.still(self)
+        return self
+
+    def blocks(self) -> list[nn.Module]:
+        """Units to shard, recompute and compile."""
+        return list(self.encoder.blocks)
+
+    def train_flops_per_image(self) -> float:
+        """Three forwards of the trunk; the head is small beside it."""
+        return 3 * self.encoder.flops()
+
+    def layers(self) -> int:
+        """The id of the last layer (the head): ids run from 0 to this."""
+        return len(self.encoder.blocks) + 1
+
+    def layer_of(self, name: str) -> int:
+        """A parameter's layer: embeddings 0, block i is i + 1, the head last."""
+        return trunk_layers(len(self.encoder.blocks))(name)
+
+
+class Single(nn.Module):
+    """A norm and one linear map of each patch: the linear probe of segmentation."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """The last of maps [B, h, w, D] -> [B, K, h, w]."""
+        return self.out(self.norm(maps[-1])).movedim(-1, 1)
+
+
+class Pyramid(nn.Module):
+    """Four depths of a plain trunk at 4, 2, 1 and 1/2 times its grid, summed at 4 times, as in semantic FPN.
+
+    Kirillov et al., 2019, on the four scales that BEiT makes of a plain ViT; GroupNorm, so that ranks need not meet.
+    """
+
+    SCALES = (4.0, 2.0, 1.0, 0.5)
+
+    def __init__(self, width: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in self.SCALES)
+        self.laterals = nn.ModuleList(nn.Linear(width, channels) for _ in self.SCALES)
+        self.smooths = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in self.SCALES)
+        self.norm = nn.GroupNorm(1, channels)
+        self.out = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Four maps [B, h, w, D], from early to late -> [B, K, 4h, 4w]."""
+        height, width = maps[0].shape[1:3]
+        total: Tensor | None = None
+        for scale, norm, lateral, smooth, given in zip(self.SCALES, self.norms, self.laterals, self.smooths, maps):
+            level = lateral(norm(given)).movedim(-1, 1)
+            size = (max(1, int(height * scale)), max(1, int(width * scale)))
+            level = smooth(F.interpolate(level, size, mode="bilinear", align_corners=False))
+            level = F.interpolate(level, (4 * height, 4 * width), mode="bilinear", align_corners=False)
+            total = level if total is None else total + level
+        assert total is not None
+        return self.out(F.gelu(self.norm(total)))
+
+
+class Prepare:
+    """Micro-batch from the loader to what the student trains on, on the device."""
+
+    def __init__(self, config: Segment, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds target int64 [B, S, S]; raises ConfigError for a class beyond data.classes."""
+        mask = batch["view"][:, 0].long()
+        if self.config.pixels.zero_is_nothing:
+            mask = torch.where((mask == 0) | (mask == NOTHING), NOTHING, mask - 1)
+        wrong = mask[(mask >= self.config.data.classes) & (mask != NOTHING)]
+        if len(wrong):
+            classes = self.config.data.classes
+            raise ConfigError("data.classes", classes, f"a mask holds {wrong[0].item()}", "count the classes")
+        image = batch["image"].to(self.device, non_blocking=True)
+        image = normalise(image, self.config.augment.mean, self.config.augment.std)
+        return {"image": image, "target": mask.to(self.device, non_blocking=True)}
+
+
+# ------------------------------------------------------------------------------------------------ mean IoU
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What an evaluation found, from a confusion matrix of pixels int64 [K, K]: row true, column predicted."""
+
+    confusion: Tensor
+
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union of each class, float64 [K]; NaN for a class that is nowhere."""
+        hits = self.confusion.diagonal().double()
+        return hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers a monitor shows."""
+        accuracy = self.confusion.diagonal().sum().double() / self.confusion.sum()
+        return {"val/mean_iou": float(self.iou.nanmean()), "val/pixel_accuracy": float(accuracy)}
+
+
+class Evaluations:
+    """Mean IoU over the evaluation set, each picture once on any number of ranks; writes evaluation.json.
+
+    Pictures are squeezed into the square of data.image_size and judged there, without a sliding window.
+    """
+
+    def __init__(self, config: Segment, folder: Path, batch: int, world: World) -> None:
+        self.config, self.path, self.batch, self.world = config, folder / "evaluation.json", batch, world
+        self.prepare = Prepare(config, world.device)
+
+    def __call__(self, engine: Engine, monitor: Monitor, position: int) -> dict[str, float]:
+        result = self.evaluate(engine)
+        values = result.scalars()
+        shown = "  ".join(f"{name.removeprefix('val/')} {value:.2%}" for name, value in values.items())
+        monitor.note(f"evaluated {position:,} images: {shown}")
+        if self.world.main:
+            iou = [None if value != value else value for value in result.iou.tolist()]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps({"position": position, **values, "iou": iou}, indent=1) + "\n")
+            os.replace(partial, self.path)
+        return values
+
+    def evaluate(self, engine: Engine) -> Overlap:
+        """Every picture of the evaluation set once. Collective."""
+        classes, device = self.config.data.classes, self.world.device
+        confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        batches = evaluation_pairs(
+            data.open_set(self.config.data, "val"),
+            self.config.data,
+            JointCrop(self.config.data.image_size),
+            rank=self.world.rank,
+            world=self.world.world,
+            batch=self.batch,
+        )
+        for batch, counts in in_step(Share(batches, self.prepare), self.world):
+            named = engine.predict({"image": batch["image"]})["logits"].argmax(1)
+            if counts:
+                target = batch["target"]
+                counted = target != NOTHING
+                place = torch.where(counted, target, 0) * classes + named
+                confusion.index_add_(0, place.flatten(), counted.flatten().long())
+        return Overlap(self.world.sum(confusion).view(classes, classes).cpu())

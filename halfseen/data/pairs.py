@@ -1,0 +1,149 @@
+"""Pictures with a class for every pixel: WebDataset samples of an image member and a mask member (PNG, one channel).
+
+data.label names the mask's extension, e.g. seg.png. Order, exactly-once and replacing bad samples are the loader's.
+"""
+
+import io
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from halfseen.config import Batches, Data
+
+from .decode import decode
+from .hashing import generator
+from .ledger import Ledger
+from .loader import Endless, EvaluationBatches, Images, Share, TrainingBatches, Views, _load, _recorded, make_plan
+from .reader import BadLabel, BadSample, Reader, Sample
+from .sources import ImageSet
+from .transforms import resize
+
+NOTHING = 255  # the mask's value where no class is right or wrong
+
+
+class PairReader(Reader):
+    """A reader that keeps a sample's mask instead of turning it into a number."""
+
+    mask = b""
+
+    def _label(self, key: str, content: bytes | None) -> int:
+        if content is None:
+            raise BadLabel(f"no mask: member .{self.label_kind} is missing")
+        self.mask = content
+        return 0
+
+
+@dataclass(frozen=True)
+class JointCrop:
+    """Picture and mask scaled, cropped and flipped alike; both squares of one size.
+
+    scale: the square's side over the shorter side of what it is cut from, 1/highest to 1/lowest; (1, 1) without flip is
+    the whole picture squeezed into the square, for evaluation.
+    """
+
+    side: int
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+
+    def __call__(self, pair: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """uint8 [4, H, W], the mask being the last channel -> uint8 [3, S, S] and [1, S, S]."""
+        image, mask = pair[:3], pair[3:]
+        if self.scale == (1.0, 1.0):
+            return resize(image, (self.side, self.side)), nearest(mask, (self.side, self.side))
+        _, height, width = image.shape
+        factor = self.side / min(height, width) * rng.uniform(*self.scale)
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        image, mask = resize(image, size), nearest(mask, size)
+        below, right = (max(0, self.side - length) for length in size)
+        if below or right:  # smaller than the square: black pixels of no class around it
+            image, mask = F.pad(image, (0, right, 0, below)), F.pad(mask, (0, right, 0, below), value=NOTHING)
+        top, left = (rng.randrange(length - self.side + 1) for length in image.shape[1:])
+        image, mask = (part[:, top : top + self.side, left : left + self.side] for part in (image, mask))
+        return (image.flip(2), mask.flip(2)) if rng.random() < self.flip else (image, mask)
+
+
+def nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask uint8 [1, H, W] at another size; no value is made up."""
+    return F.interpolate(mask[None].float(), size, mode="nearest-exact")[0].to(torch.uint8)
+
+
+@dataclass
+class Pairs(Images):
+    """Reads, decodes and transforms pictures with their masks, which batches hold as ``view`` uint8 [B, 1, S, S]."""
+
+    def one(self, source: int, shard: int, sample: int, position: int) -> tuple[Sample, Views | None]:
+        """A sample, and its picture and mask. Raises BadSample."""
+        if self.reader is None or self.process != os.getpid():
+            self.reader, self.process = PairReader(self.images), os.getpid()
+        assert isinstance(self.reader, PairReader)
+        assert self.transform is not None, "pairs are always cropped"
+        content = self.reader.read(source, shard, sample)
+        try:
+            image = decode(content.data, self.data.max_pixels, self.data.decode)
+            mask = decode_mask(self.reader.mask)
+            if mask.shape[1:] != image.shape[1:]:
+                raise BadSample(f"the mask has {tuple(mask.shape[1:])} pixels, the picture {tuple(image.shape[1:])}")
+        except BadSample as bad:
+            raise BadSample(bad.reason, content.shard, content.key, content.offset) from bad
+        return content, self.transform(torch.cat([image, mask]), generator(self.seed, position, "augment"))
+
+    def collate(self, rows: Sequence[tuple[Sample, Views | None]], positions: Sequence[int]) -> dict[str, Any]:
+        """A batch; an empty one has an empty ``view`` too."""
+        side = self.data.image_size
+        empty = {} if rows else {"view": torch.empty(0, 1, side, side, dtype=torch.uint8)}
+        return super().collate(rows, positions) | empty
+
+
+def decode_mask(content: bytes) -> Tensor:
+    """A mask file as uint8 [1, H, W]: the numbers in it, of a palette its indices. Raises BadSample."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.mode not in ("L", "P", "1"):
+                raise BadSample(f"the mask is of mode {picture.mode}, not one channel of 8 bits")
+            return torch.from_numpy(np.array(picture, dtype=np.uint8))[None]
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise BadSample(f"the mask cannot be decoded: {error}") from error
+
+
+def train_pairs(
+    image_set: ImageSet,
+    data: Data,
+    crop: JointCrop,
+    *,
+    seed: int,
+    start: int,
+    plan: Batches,
+    rank: int,
+    ledger: Path | None = None,
+    pin: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """As ``train_batches``: image uint8 [B, 3, S, S], view (the mask) uint8 [B, 1, S, S]."""
+    dataset = TrainingBatches(
+        Pairs(image_set, data, crop, seed), make_plan(image_set, data, seed), Share(start, plan, rank)
+    )
+    return _recorded(_load(dataset, Endless(), data, pin), Ledger(ledger, data.bad_limit, start))
+
+
+def evaluation_pairs(
+    image_set: ImageSet,
+    data: Data,
+    crop: JointCrop,
+    *,
+    rank: int,
+    world: int,
+    batch: int,
+    ledger: Path | None = None,
+    pin: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """As ``evaluation_batches``, with view (the mask) uint8 [B, 1, S, S]."""
+    dataset = EvaluationBatches(Pairs(image_set, data, crop, 0), rank, world, batch)
+    return _recorded(_load(dataset, range(len(dataset)), data, pin), Ledger(ledger, data.bad_limit))

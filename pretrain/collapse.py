@@ -1,0 +1,24 @@
+"""Signs of collapse, cheap enough for every step: no eigenvalues, no waiting for the device."""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def feature_rank(features: Tensor) -> Tensor:
+    """How many directions the features of a micro-batch use: [B, D] -> a scalar from 1 to min(B - 1, D).
+
+    The participation ratio (sum of the covariance's eigenvalues)^2 / sum of their squares, from the B x B products
+    alone. Near 1 when all images are the same to the student. It grows with B, so compare it with itself.
+    """
+    features = features.float()
+    centred = features - features.mean(0)
+    with torch.autocast(features.device.type, enabled=False):  # half precision overflows here, and would say 0
+        products = centred @ centred.T
+    return products.trace().square() / products.square().sum().clamp(min=1e-20)
+
+
+@torch.no_grad()
+def spread(values: Tensor) -> Tensor:
+    """Mean over channels of the variance over all patches: [..., C] -> a scalar; 0 when every patch is the same."""
+    return values.float().flatten(0, -2).var(0, unbiased=False).mean()

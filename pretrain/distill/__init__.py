@@ -1,0 +1,1 @@
+"""Distillation: a student learns from a frozen teacher, by scores, attention relations and hidden states."""

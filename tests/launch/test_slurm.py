@@ -1,0 +1,132 @@
+"""Slurm's answers become options to correct; its variables stay with the job they belong to."""
+
+import os
+import subprocess
+
+import pytest
+
+from halfseen.config import ConfigError
+from halfseen.launch import slurm
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        (
+            "sbatch: error: invalid partition specified: gpus\nsbatch: error: Batch job submission failed",
+            "launch.partition",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination",
+            "launch.account",
+        ),
+        ("allocation failure: Requested node configuration is not available", "launch.nodes"),
+        (
+            "sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification",
+            "launch.gpus_per_node",
+        ),
+        ("sbatch: error: Batch job submission failed: Job dependency problem", "--after"),
+        ("something new", "launch"),
+        ("", "launch"),
+    ],
+)
+def test_a_refusal_names_the_option(said, key):
+    refused = slurm.refusal(said)
+    assert refused.key == key
+    assert refused.fix
+    assert "sbatch: error" not in refused.reason
+
+
+def test_a_job_inside_a_job_inherits_nothing_but_where_the_cluster_is(monkeypatch):
+    inside = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "8",
+        "SRUN_CPUS_PER_TASK": "2",
+        "RANK": "3",
+        "SUBMITIT_EXECUTOR": "slurm",
+    }
+    for name, value in (inside | {"SLURM_CONF": "/etc/slurm.conf", "HOME": "/home/a"}).items():
+        monkeypatch.setenv(name, value)
+    with slurm.outside_job():
+        assert not inside.keys() & os.environ.keys()
+        assert os.environ["SLURM_CONF"] == "/etc/slurm.conf"
+        assert os.environ["HOME"] == "/home/a"
+    assert inside.items() <= os.environ.items()
+
+
+def test_no_slurm_is_said_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no sbatch on PATH"):
+        slurm.refuse_absent()
+    assert slurm.states(["7"]) == {}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Answers instead of a cluster: command word -> (exit code, output); the commands asked are kept."""
+    asked, answers = [], {}
+
+    def ask(*command, text=None):
+        asked.append(command)
+        code, output = answers.get(command[0], (0, ""))
+        return subprocess.CompletedProcess(command, code, output, output if code else "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(slurm, "present", lambda: True)
+    return asked, answers
+
+
+def test_states_know_jobs_and_array_members(fake):
+    fake[1]["squeue"] = (0, "7|7|RUNNING\n9_0|9|PENDING\n9_1|10|RUNNING\n")
+    assert slurm.states(["7", "9_1"]) == {
+        "7": "RUNNING",
+        "9_0": "PENDING",
+        "9": "PENDING",
+        "9_1": "RUNNING",
+        "10": "RUNNING",
+    }
+
+
+def test_whoever_waited_for_the_old_job_waits_for_the_new_one(fake):
+    asked, answers = fake
+    lines = ["11|afterok:7(unfulfilled)", "12|afterok:77(unfulfilled)", "13|afterok:6:7(unfulfilled)", "8|afterany:7"]
+    waiting = "\n".join(lines)
+    answers["squeue"] = (0, waiting)
+    slurm.follow("7", "8")
+    updates = [command[2:] for command in asked if command[0] == "scontrol"]
+    assert updates == [("JobId=11", "Dependency=afterok:8"), ("JobId=13", "Dependency=afterok:6:8")]
+
+
+def test_a_requeue_cannot_be_ended_by_its_own_effect(fake):
+    assert slurm.requeue("7") == ""
+    shell, flag, script, job = fake[0][0]
+    assert (shell, flag, job) == ("sh", "-c", "7")
+    assert 'trap "" TERM' in script
+    fake[1]["sh"] = (1, "slurm_requeue error: Requested operation is presently disabled")
+    assert "presently disabled" in slurm.requeue("7")
+
+
+@pytest.mark.parametrize(
+    ("shown", "fate"),
+    [
+        ("JobId=7 JobState=RUNNING Reason=None Restarts=1 PreemptTime=None", "RUNNING"),
+        ("JobId=7 JobState=PENDING Reason=BeginTime Restarts=2 PreemptTime=None", "PENDING"),
+        ("JobId=7 JobState=COMPLETING Reason=None Restarts=2 PreemptTime=2026-01-01T10:00:00", "REQUEUED"),
+        ("JobId=7 JobState=COMPLETING Reason=None Restarts=1 PreemptTime=2026-01-01T10:00:00", "PREEMPTED"),
+        ("JobId=7 JobState=COMPLETING Reason=TimeLimit Restarts=1 PreemptTime=None", "TIMEOUT"),
+        ("JobId=7 JobState=COMPLETING Reason=None Restarts=1 PreemptTime=None", "CANCELLED"),
+        ("", ""),
+    ],
+)
+def test_what_ends_a_job_is_told_apart(fake, shown, fate):
+    fake[1]["scontrol"] = (0, shown)
+    assert slurm.fate("7", 1) == fate
+
+
+@pytest.mark.parametrize(("shown", "reason"), [("7|7|FAILED\n", "is failed"), ("", "does not know")])
+def test_waiting_for_a_dead_job_is_refused(fake, shown, reason):
+    fake[1]["squeue"] = (0, shown)
+    with pytest.raises(ConfigError, match=reason):
+        slurm.refuse_dead(["7"])
+    fake[1]["squeue"] = (0, "7|7|RUNNING\n")
+    slurm.refuse_dead(["7"])

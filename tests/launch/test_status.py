@@ -1,0 +1,171 @@
+"""Status, logs, stop and the sweep's table read run folders as they are, also half-written ones."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from halfseen.config import ConfigError
+from halfseen.launch import board, logs, records, slurm, status, stop, sweep
+from halfseen.launch.task import Task
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run in the middle of its second start."""
+    folder = tmp_path / "runs/a"
+    Task("pretrain", str(folder), "stage: pretrain\n", total=1000).save()
+    records.add(folder, "queued", job="7", cluster="slurm")
+    records.add(folder, "started", attempt="7", position=0)
+    records.add(folder, "ended", attempt="7", verdict="requeue", reason="asked to leave", code=75, position=160)
+    records.add(folder, "started", attempt="7.1", position=160)
+    rows = [{"position": 160, "loss": 2.0, "images_per_second": 10.0}, {"position": 320, "loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"posi')
+    checkpoint = folder / "checkpoints/img_000000000160"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "a.distcp").write_bytes(b"12345")
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": {"a.distcp": {"bytes": 5}}}))
+    return folder
+
+
+def test_a_running_run_at_a_glance(run):
+    seen = status.look(run, known={"7": "RUNNING"})
+    assert (seen.state, seen.position, seen.total, seen.speed, seen.restarts) == ("running", 320, 1000, 10.0, 1)
+    assert seen.left == 68.0
+    assert seen.checkpoint.startswith("160, ")
+    assert seen.checkpoint.endswith("whole")
+    assert seen.reason == "asked to leave"
+    table = "\n".join(status.lines([seen]))
+    assert "320 of 1,000 (32%)" in table
+    assert "1 min" in table
+
+
+@pytest.mark.parametrize(
+    ("state", "word"), [("PENDING", "pending"), ("CANCELLED", "cancelled"), ("FAILED", "gone"), ("", "gone")]
+)
+def test_slurm_says_what_the_folder_does_not_know(run, state, word):
+    assert status.look(run, known={"7": state} if state else {}).state == word
+
+
+def test_a_damaged_checkpoint_is_named(run):
+    (run / "checkpoints/img_000000000160/a.distcp").write_bytes(b"123")
+    assert "DAMAGED: a.distcp" in status.look(run, known={}).checkpoint
+
+
+def test_runs_are_found_below_a_folder_and_not_inside_a_run(run, tmp_path):
+    (tmp_path / "runs/a/checkpoints/img_000000000160/launch").mkdir()
+    (tmp_path / "runs/b/c").mkdir(parents=True)
+    (tmp_path / "runs/b/c/metrics.jsonl").write_text("")
+    assert list(status.find(tmp_path)) == [run, tmp_path / "runs/b/c"]
+
+
+def test_status_stop_and_logs_do_not_import_torch():
+    """They must answer at once, on login nodes without a GPU driver too."""
+    words = (
+        "import halfseen.launch.status, halfseen.launch.stop, halfseen.launch.after, sys; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        status.main([str(tmp_path / "none")])
+
+
+def test_logs_print_one_rank_of_the_newest_job(run, capsys):
+    for job, rank in (("6", 0), ("7", 0), ("7", 1)):
+        path = run / "launch" / job / f"{job}_{rank}_log.out"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"first\njob {job} rank {rank}\n")
+    logs.main([str(run), "-n", "1"])
+    assert capsys.readouterr().out == "job 7 rank 0\n"
+    logs.main([str(run), "--rank", "1"])
+    assert capsys.readouterr().out == "first\njob 7 rank 1\n"
+    with pytest.raises(ConfigError, match="no log yet"):
+        logs.main([str(run), "--rank", "2"])
+
+
+@pytest.mark.parametrize(
+    ("state", "arguments", "asked"),
+    [("RUNNING", [], ("7", "USR2")), ("PENDING", [], ("7",)), ("RUNNING", ["--now"], ("7",))],
+)
+def test_stop_asks_a_running_job_to_save_and_cancels_a_waiting_one(run, monkeypatch, capsys, state, arguments, asked):
+    said = []
+    monkeypatch.setattr(slurm, "cancel", lambda *words: said.append(words))
+    monkeypatch.setattr(slurm, "states", lambda jobs: {"7": state})
+    assert stop.main([str(run), *arguments]) == 0
+    assert said == [asked]
+    assert records.asked_to_stop(run, "7")
+    assert not records.asked_to_stop(run, "8")
+    monkeypatch.setattr(slurm, "states", lambda jobs: {})
+    capsys.readouterr()
+    stop.main([str(run)])
+    assert "nothing is queued" in capsys.readouterr().out
+
+
+def test_a_sweep_s_table_has_every_member_whatever_became_of_it(run, tmp_path):
+    base = tmp_path / "sweep"
+    run.rename(base.mkdir() or base / "000")
+    records.add(base / "000", "ended", verdict="complete", reason="complete", code=0)
+    records.add(base / "001", "queued", job="8", cluster="slurm")
+    records.add(base / "001", "ended", verdict="failed", reason="loss, not finite", code=1)
+    members = [{"folder": f"{n:03d}", "set": [f"optim.lr={n}"]} for n in range(3)]
+    (base / "launch").mkdir()
+    (base / "launch/sweep.json").write_text(json.dumps({"members": members}))
+    sweep.write_table(base)
+    with (base / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["member"], row["optim.lr"], row["state"], row["loss"], row["reason"]) for row in rows] == [
+        ("000", "0", "complete", "1.0", ""),
+        ("001", "1", "failed", "", "loss, not finite"),
+        ("002", "2", "not launched", "", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "members"),
+    [
+        ("grid: {a: [1, 2], b: [x]}", [["a=1", "b=x"], ["a=2", "b=x"]]),
+        ("list: [{a: 1e-3}, {b: [1, 2], c: null}]", [["a=1e-3"], ["b=[1, 2]", "c=null"]]),
+    ],
+)
+def test_a_sweep_crosses_a_grid_or_takes_a_list(tmp_path, content, members):
+    (tmp_path / "s.yaml").write_text(content)
+    assert sweep.combinations(tmp_path / "s.yaml") == members
+
+
+@pytest.mark.parametrize(
+    "content", ["", "grid: {a: 1}", "list: []", "grid: {a: [1]}\nlist: [{a: 1}]", "[1", "rows: [1]"]
+)
+def test_a_sweep_of_another_shape_is_refused(tmp_path, content):
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="sweep"):
+        sweep.combinations(tmp_path / "s.yaml")
+
+
+def test_a_board_shows_each_run_under_its_own_name(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from torch.utils.tensorboard import SummaryWriter
+
+    for folder in (run, tmp_path / "runs/deep/b"):
+        for start, end in ((0, 40), (20, 60)):  # a resume repeats steps 20 to 40
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}")
+            for step in range(start + 10, end + 1, 10):
+                writer.add_scalar("train/loss", start + step, step)
+            writer.close()
+        (folder / "metrics.jsonl").touch()
+    names = board.runs_of([tmp_path / "runs"])
+    assert sorted(names) == ["a", "deep/b"]
+    (tmp_path / "board").mkdir()
+    board.link(names, tmp_path / "board")
+    shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "board")).Reload()
+    assert sorted(shown.Runs()) == ["a", "deep-b"]
+    for name in shown.Runs():
+        assert [event.step for event in shown.Scalars(name, "train/loss")] == [10, 20, 30, 40, 50, 60]
+        assert [event.value for event in shown.Scalars(name, "train/loss")] == [10, 20, 50, 60, 70, 80]
+    with pytest.raises(ConfigError, match="no run with a tensorboard folder"):
+        board.main([str(tmp_path / "runs/a/launch")])

@@ -1,0 +1,67 @@
+"""Attention pictures show the weights that the trunk really used."""
+
+import pytest
+import torch
+from torchvision.io import encode_png, read_file, write_file
+
+from halfseen.config import ConfigError, Model
+from halfseen.models import ViT
+from halfseen.tools.attention import main, maps, probabilities, rollout
+
+SMALL = {"size": "ti", "width": 32, "depth": 3, "heads": 4, "patch": 8}
+KINDS = [{}, {"relative": "block", "key_bias": False}, {"relative": "shared"}, {"rope": True}, {"class_token": False}]
+
+
+def make(**model):
+    torch.manual_seed(0)
+    trunk = ViT(Model(**{**SMALL, **model}), (24, 16)).eval()
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return trunk
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_values_weighted_by_what_is_drawn_are_what_the_attention_gives(model):
+    trunk, image = make(**model), torch.randn(2, 3, 24, 16)
+    results = []
+    trunk.blocks[2].attn.register_forward_hook(lambda module, given, result: results.append(result))
+    projected = trunk.trace(image, qkv=[2]).qkv[2]
+    weights = probabilities(trunk, image)[2]
+    value = projected[..., 64:].unflatten(-1, (4, 8)).transpose(1, 2)
+    again = trunk.blocks[2].attn.proj((weights @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(again, results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_maps_are_what_the_class_token_looks_at_on_the_grid():
+    trunk, image = make(), torch.randn(2, 3, 24, 16)
+    heads, spread = maps(trunk, image, block=1)
+    assert heads.shape == (2, 4, 3, 2)
+    assert spread.shape == (2, 3, 2)
+    assert torch.equal(heads.flatten(2), probabilities(trunk, image)[1][:, :, 0, 1:])
+    assert (heads.sum((2, 3)) <= 1 + 1e-5).all()
+
+
+def test_rollout_of_blocks_that_look_nowhere_else_is_the_identity():
+    same = torch.eye(5).expand(1, 2, 5, 5)
+    torch.testing.assert_close(rollout([same, same]), torch.eye(5)[None])
+    even = torch.full((1, 2, 5, 5), 0.2)
+    half = 0.5 * torch.eye(5) + 0.1
+    torch.testing.assert_close(rollout([even, even]), (half @ half)[None])
+    torch.testing.assert_close(rollout([even, same, even]).sum(-1), torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("model", [{"parallel": 2}, {"head_mixing": "linear"}, {"irpe": "product"}])
+def test_a_trunk_whose_attention_is_more_is_refused(model):
+    with pytest.raises(ConfigError, match="not drawn"):
+        probabilities(make(**model), torch.randn(1, 3, 24, 16))
+
+
+def test_a_picture_is_drawn_for_each_image(tmp_path, capsys):
+    for name in ("a", "b"):
+        pixels = torch.randint(0, 255, (3, 50, 60), dtype=torch.uint8)
+        write_file(str(tmp_path / f"{name}.png"), encode_png(pixels))
+    images = [str(tmp_path / f"{name}.png") for name in ("a", "b")]
+    assert main(["finetune/demo", *images, "--size", "64", "--out", str(tmp_path / "out")]) == 0
+    assert all(read_file(str(tmp_path / "out" / f"{name}.png")).numel() for name in ("a", "b"))
+    assert "3 heads of block 5, rollout" in capsys.readouterr().out

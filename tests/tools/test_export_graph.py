@@ -1,0 +1,73 @@
+"""Trunks as graphs: another runtime computes the same tokens."""
+
+import pytest
+import torch
+from torch import nn
+
+from halfseen.config import ConfigError, Model
+from halfseen.models.swin import SwinConfig
+from halfseen.tools import convert, export, export_graph
+from halfseen.tools.architecture import Architecture
+
+VIT = {"width": 32, "depth": 2, "heads": 2, "patch": 8}
+TRUNKS = {
+    "plain": Model(**VIT),
+    "hmlp, sincos, parallel": Model(**VIT, stem="hmlp", position="sincos", parallel=2, registers=2),
+    "beit, shared blocks": Model(**VIT, relative="shared", key_bias=False, layer_scale=0.1, share=2, position="none"),
+    "swin": SwinConfig(width=16, depths=[2, 2], heads=[2, 4], window=2),
+}
+
+
+def file_of(folder, cfg):
+    """Converted weights that say what they are."""
+    architecture = Architecture(cfg, 32, "this test")
+    holder = architecture.build()
+    torch.manual_seed(0)
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    path = folder / "trunk.safetensors"
+    convert.write(holder.state_dict(), path, architecture.described())
+    return path, holder.encoder.eval()
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_a_torch_export_computes_the_same(tmp_path, capsys, kind):
+    path, trunk = file_of(tmp_path, TRUNKS[kind])
+    out = tmp_path / "trunk.pt2"
+    assert export.main([str(path), str(out), "--torch-export"]) == 0
+    assert "torch.export computes the same tokens" in capsys.readouterr().out
+    image = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(out).module()(image), trunk(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hmlp, sincos, parallel", "swin"])
+def test_onnxruntime_computes_the_same(tmp_path, capsys, kind):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install halfseen[onnx]")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install halfseen[onnx]")
+    path, trunk = file_of(tmp_path, TRUNKS[kind])
+    out = tmp_path / "trunk.onnx"
+    assert export.main([str(path), str(out), "--onnx"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out
+    image = torch.randn(5, 3, 32, 32)
+    (found,) = runtime.InferenceSession(str(out)).run(["tokens"], {"image": image.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), trunk(image), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_that_differs_is_removed(tmp_path):
+    out = tmp_path / "wrong.onnx"
+    out.write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"differ by 1 of 1"):
+        export_graph.agree([(torch.ones(2), torch.zeros(2))], "a runtime", out)
+    assert not out.exists()
+
+
+def test_weights_that_do_not_say_what_they_are_and_wrong_names_are_refused(tmp_path):
+    convert.write({"encoder.x": torch.ones(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(ConfigError, match="does not say what model it is of"):
+        export.main([str(tmp_path / "bare.safetensors"), str(tmp_path / "out.onnx"), "--onnx"])
+    with pytest.raises(ConfigError, match=r"is no \.onnx file"):
+        export.main([str(tmp_path), str(tmp_path / "out.pt2"), "--onnx"])
+    with pytest.raises(ConfigError, match="a graph is of the trunk alone"):
+        export.main([str(tmp_path), str(tmp_path / "out.pt2"), "--torch-export", "--part", "student"])

@@ -1,0 +1,70 @@
+"""CPVT: one positional encoding generator, and the pyramid of CPVT-v2."""
+
+import re
+
+from torch import nn
+
+from halfseen.layouts import LAYOUTS
+from halfseen.models.peg import PEG
+from halfseen.models.pyramid import Pyramid, Stage
+
+from .golden import Case, Check, Family, gradients, image_size, load, outputs, refuse_unknown
+
+REPO = "Meituan-AutoML/Twins"
+DROP = ("drop_rate", "attn_drop_rate", "drop_path_rate")  # without effect: what is stored was not drawn
+
+
+def generator(case: Case) -> list[Check]:
+    """One PEG on tokens, and its gradients."""
+    config = case.config
+    refuse_unknown(config, ("in_chans", "embed_dim", "stride", "s", "H", "W"))
+    stride = config.get("stride", config.get("s", 1))
+    width = config.get("in_chans", config["embed_dim"])
+    module = PEG(width, (config["H"], config["W"]), out=config["embed_dim"], stride=stride)
+    load(module, case, LAYOUTS["peg"])
+    x = case.inputs["x"].requires_grad_()
+    out = module(x)
+    loss = (out * case.inputs["loss_weight"]).sum()
+    loss.backward()
+    found = gradients(module, LAYOUTS["peg"])
+    inputs = {f"grad/{name}": x.grad for name in ("x", "input") if x.grad is not None}
+    return outputs(case, {"output": out, "loss": loss} | found | inputs)
+
+
+def whole(case: Case) -> list[Check]:
+    """Features and scores of the pyramid, and gradients."""
+    config = case.config
+    listed = ("embed_dims", "num_heads", "mlp_ratios", "depths", "sr_ratios")
+    refuse_unknown(
+        config, ("img_size", "patch_size", "in_chans", "num_classes", "qkv_bias", "norm_layer", *listed, *DROP)
+    )
+    if config.get("in_chans", 3) != 3:
+        raise ValueError(f"in_chans={config['in_chans']}: only RGB")
+    widths, heads, ratios, depths, reductions = (config[name] for name in listed)
+    stages = tuple(
+        Stage(width, depth, head, ratio, reduction)
+        for width, depth, head, ratio, reduction in zip(widths, depths, heads, ratios, reductions)
+    )
+    eps = re.search(r"eps=([0-9.e-]+)", config.get("norm_layer", ""))
+    student = nn.Module()
+    student.encoder = Pyramid(
+        image_size(config),
+        stages,
+        config["patch_size"],
+        qkv_bias=config.get("qkv_bias", False),
+        norm_eps=float(eps[1]) if eps else 1e-5,
+    )
+    student.head = nn.Linear(widths[-1], config["num_classes"])
+    load(student, case, LAYOUTS["cpvt"])
+    features = student.encoder(case.inputs["images"]).mean(1)
+    logits = student.head(features)
+    loss = (logits * case.inputs["loss_weight"]).sum()
+    loss.backward()
+    actual = {"features": features, "logits": logits, "loss": loss}
+    return outputs(case, actual | gradients(student, LAYOUTS["cpvt"]))
+
+
+FAMILIES = (
+    Family("peg", REPO, "gvt.py", generator),
+    Family("cpvt", REPO, "gvt.py", whole),
+)
