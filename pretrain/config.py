@@ -127,6 +127,9 @@ class Pretrain:
                 "RandAugment and erasing belong to fine-tuning",
                 "set augment.randaugment= and augment.erase=0",
             )
+        if self.trunk == "swin" and self.objective.name != "mim":
+            reason = f"{self.objective.name} needs a trunk of one resolution, and trunk=swin has several"
+            raise ConfigError("objective.name", self.objective.name, reason, "use objective.name=mim, or trunk=vit")
 
     @property
     def patch(self) -> int:

@@ -106,7 +106,4 @@ OBJECTIVES: dict[str, Callable[[Pretrain, Target], nn.Module]] = {
 
 def create(config: Pretrain, target: Target) -> nn.Module:
     """The student a config names, with random weights, on the CPU."""
-    if config.trunk == "swin" and config.objective.name != "mim":
-        reason = f"{config.objective.name} needs a trunk of one resolution, and trunk=swin has several"
-        raise ConfigError("objective.name", config.objective.name, reason, "use objective.name=mim, or trunk=vit")
     return OBJECTIVES[config.objective.name](config, target)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torchvision.io import write_png
 
 from halfseen.checkpoint import read_weights
@@ -42,10 +43,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def stored_config(run: Path) -> Path:
-    """A run's config file. Raises ConfigError if there is none."""
+    """A pretraining run's config file. Raises ConfigError if there is none."""
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError("run", str(run), "has no config.yaml", "name the folder of a pretraining run")
+    stage = yaml.safe_load(path.read_text()).get("stage")
+    if stage != "pretrain":
+        raise ConfigError("run", str(run), f"is a run of stage {stage}", "name the folder of a pretraining run")
     return path
 
 

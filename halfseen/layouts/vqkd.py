@@ -25,8 +25,8 @@ def _to_ours(names: set[str]) -> dict[str, str]:
         if found := _TRUNK.match(name):
             short = name.removeprefix(found[0]).replace("fc_norm.", "norm.")
             return found[0] + out_of_trunk(beit.to_ours({short})[short])
-        theirs = next(part for part in _BESIDE if name.startswith(part))
-        return _BESIDE[theirs] + name.removeprefix(theirs)
+        theirs = next((part for part in _BESIDE if name.startswith(part)), None)
+        return _BESIDE[theirs] + name.removeprefix(theirs) if theirs else name  # unknown: kept, so that it is reported
 
     return {name: ours(name) for name in names}
 

@@ -27,9 +27,7 @@ class CodesConfig:
     )
     image_size: int = 0  # pixels of the tokenizer's own resize of the student's crop; 0: it sees the student's image
     heads: int = 0  # of a VQ-KD file: attention heads of its trunk; 0: as the file tells, else one per 64 channels
-    precision: Literal["fp32", "bf16", "fp16"] = (
-        "fp32"  # autocast type of its trunk; codes are chosen in fp32
-    )
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type of its trunk; codes are chosen in fp32
 
     def check(self, key: str) -> None:
         """Ranges."""

@@ -171,7 +171,7 @@ class Features(Apart):
         key, teacher = self.teacher.key, self.teacher
         if self.teachers_grid != self.grid and not self.cfg.resize:
             (height, width), (own, across) = self.teachers_grid, self.grid
-            fits = own * (teacher.source.image_size // height)
+            fits = round(teacher.source.image_size * own / height)
             raise ConfigError(
                 f"{key}.source",
                 teacher.source.name,

@@ -92,3 +92,9 @@ def test_a_discrete_vaes_decoder_is_not_taken_for_simmims_head():
     own = {"encoder.0.0.weight", "codebook.weight", "decoder.0.weight", "decoder.0.bias", "decoder.1.net.0.weight"}
     assert detect(own).name == "halfseen"
     assert detect({"encoder.blocks.0.norm1.weight", "decoder.0.weight", "decoder.0.bias"}).name == "simmim"
+
+
+def test_a_name_that_no_tokenizer_has_is_kept_and_reported():
+    names = {"quantize.embedding.weight", "something.else"}
+    assert detect(names).name == "vqkd"
+    assert LAYOUTS["vqkd"].to_ours(names)["something.else"] == "something.else"

@@ -132,3 +132,14 @@ def test_the_layout_of_official_weights_is_found_out(case, found):
 def test_two_weights_never_become_one():
     with pytest.raises(ValueError, match="would both be called"):
         rename({"a": torch.zeros(1), "b": torch.ones(1)}, {"a": "c", "b": "c"})
+
+
+def test_timm_gets_a_trunk_and_a_classifier_and_nothing_else():
+    trunk, classifier = (
+        {"encoder.cls_token": "cls_token"},
+        {"head.weight": "head.weight", "fc_norm.bias": "fc_norm.bias"},
+    )
+    table = LAYOUTS["timm"].from_ours
+    assert table({*trunk, *classifier, "decoder.norm.bias"}) == trunk | classifier
+    pretrained = {"mask_token", "head.weight", "aggregation.norm.bias", "quantizer.codebook"}
+    assert table({*trunk, *pretrained}) == trunk

@@ -53,6 +53,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         reconstruct.main([str(tmp_path)])
 
 
+def test_a_run_of_another_stage_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("stage: finetune\n")
+    with pytest.raises(ConfigError, match="stage finetune"):
+        reconstruct.main([str(tmp_path)])
+
+
 def test_a_count_of_nothing_is_refused(run):
     with pytest.raises(ConfigError, match="--count"):
         reconstruct.main([str(run), "--count", "0"])
