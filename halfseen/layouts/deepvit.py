@@ -21,7 +21,8 @@ def _from_ours(names: set[str]) -> dict[str, str]:
             name = name.replace(own, original)
         return name
 
-    return {name: theirs(short) for name, short in from_ours(names).items()}
+    ours = {theirs(name): name for name in names}  # under their own names: plain ViTs have no such parts
+    return {ours[name]: short for name, short in from_ours(set(ours)).items()}
 
 
 DEEPVIT = Layout(

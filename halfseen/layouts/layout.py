@@ -68,6 +68,17 @@ def beside(name: str) -> bool:
     return bool(_BESIDE.match(name))
 
 
+# Parts of our trunk that the plain ViTs of timm, MAE and DeiT III do not have.
+_BEYOND = re.compile(
+    r"encoder\.(rel_pos_bias\.|blocks\.\d+\.(peg\.|.*(relative_position_bias_table|[qv]_bias|rpe_[qkv]|proj_[lw]|reattention)))"
+)
+
+
+def plain(name: str) -> bool:
+    """Whether a plain ViT may have this weight of ours; leaving out one that it lacks changes what is computed."""
+    return not _BEYOND.match(name)
+
+
 def in_trunk(name: str) -> str:
     """Our name of a weight that others call ``name``: trunks are flat there, ``encoder`` here."""
     return name if beside(name) else f"encoder.{name}"

@@ -2,7 +2,7 @@
 
 import re
 
-from .layout import Layout, in_trunk, out_of_trunk
+from .layout import Layout, in_trunk, out_of_trunk, plain
 
 # MAE's decoder, flat there, one module here.
 _DECODER = re.compile(r"decoder_(embed|pos_embed|blocks|norm|pred)(?=\.|$)")
@@ -24,7 +24,7 @@ def _mae_from_ours(names: set[str]) -> dict[str, str]:
             return "mask_token"
         return _OUR_DECODER.sub(r"decoder_\1", name) if _OUR_DECODER.match(name) else out_of_trunk(name)
 
-    return {name: theirs(name) for name in names}
+    return {name: theirs(name) for name in names if plain(name)}
 
 
 MAE = Layout(

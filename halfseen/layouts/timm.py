@@ -1,6 +1,6 @@
 """timm's VisionTransformer: our trunk's names without ``encoder``."""
 
-from .layout import Layout, beside, in_trunk, out_of_trunk
+from .layout import Layout, beside, in_trunk, out_of_trunk, plain
 
 
 def to_ours(names: set[str]) -> dict[str, str]:
@@ -11,7 +11,7 @@ def to_ours(names: set[str]) -> dict[str, str]:
 def from_ours(names: set[str]) -> dict[str, str]:
     """Our names -> timm's: the trunk and a classifier. What else is pretrained, and a head beside it, has no place."""
     kept = {name for name in names if name.startswith("encoder.") or (beside(name) and "mask_token" not in names)}
-    return {name: out_of_trunk(name) for name in kept}
+    return {name: out_of_trunk(name) for name in kept if plain(name)}
 
 
 def owns(names: set[str]) -> bool:

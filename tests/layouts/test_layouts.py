@@ -143,3 +143,25 @@ def test_timm_gets_a_trunk_and_a_classifier_and_nothing_else():
     assert table({*trunk, *classifier, "decoder.norm.bias"}) == trunk | classifier
     pretrained = {"mask_token", "head.weight", "aggregation.norm.bias", "quantizer.codebook"}
     assert table({*trunk, *pretrained}) == trunk
+
+
+@pytest.mark.parametrize("layout", ["mae", "deit", "timm"])
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"relative": "block", "key_bias": False}, ("relative_position_bias_table", "q_bias", "v_bias")),
+        ({"relative": "shared"}, ("rel_pos_bias",)),
+        ({"irpe": "product", "irpe_on": "qkv"}, ("rpe_q", "rpe_k", "rpe_v")),
+        ({"head_mixing": "linear"}, ("proj_l", "proj_w")),
+        ({"attention": "reattention"}, ("reattention",)),
+        ({"peg": 1}, ("peg",)),
+    ],
+)
+def test_what_a_plain_vit_lacks_has_no_place_there_and_all_else_has(layout, options, parts):
+    with torch.device("meta"):
+        trunk = ViT(Model(width=32, depth=2, heads=2, patch=8, **options), 16)
+    names = {f"encoder.{name}" for name in trunk.state_dict()}
+    lost = names - LAYOUTS[layout].from_ours(names).keys()
+    beyond = {name for name in names if any(part in name for part in parts)}
+    assert beyond
+    assert lost == beyond
