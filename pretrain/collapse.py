@@ -13,8 +13,9 @@ def feature_rank(features: Tensor) -> Tensor:
     """
     features = features.float()
     centred = features - features.mean(0)
-    with torch.autocast(features.device.type, enabled=False):  # half precision overflows here, and would say 0
-        products = centred @ centred.T
+    # The ratio has no scale. At norm 1 nothing overflows where autocast multiplies in half precision.
+    centred = centred / centred.norm().clamp(min=1e-20)
+    products = (centred @ centred.T).float()
     return products.trace().square() / products.square().sum().clamp(min=1e-20)
 
 
