@@ -107,15 +107,6 @@ def start(recipe, folder):
     return train.main([str(recipe), f"run.folder={folder}"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes of ranks.py: to the bit, sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The two stages, run without a stop."""
