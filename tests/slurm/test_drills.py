@@ -257,7 +257,7 @@ def test_a_job_can_launch_another(tmp_path):
 def test_a_cluster_that_cancels_gets_a_new_job(tmp_path):
     """43 s. Partition `fragile` ends a preempted job for good; whoever waited for it waits for its successor."""
     run = tmp_path / "run"
-    file = resources(tmp_path, nodes=1, tasks=1, pace=0.2, partition="fragile", sbatch={"nodelist": "node1"})
+    file = resources(tmp_path, nodes=1, tasks=1, pace=0.5, partition="fragile", sbatch={"nodelist": "node1"})
     halfseen("launch", "pretrain", *SHORT, "run.images=480", f"run.folder={run}", "--launch", file)
     first = records.story(run).job
     dependent = subprocess.run(
@@ -282,7 +282,7 @@ def show(job):
 def test_stop_saves_and_launch_goes_on(tmp_path):
     """57 s."""
     run = tmp_path / "run"
-    file = resources(tmp_path, nodes=1, tasks=2, pace=0.2, **THERE)
+    file = resources(tmp_path, nodes=1, tasks=2, pace=1.0, **THERE)
     given = [*SHORT, "run.images=480", "run.checkpoint_every=100%", f"run.folder={run}", "--launch", file]
     halfseen("launch", "pretrain", *given)
     stepping(run, 1)
@@ -326,7 +326,7 @@ def test_a_dead_dependency_is_refused(tmp_path):
 def test_the_plain_batch_script_needs_no_submitit(tmp_path):
     """40 s. It survives the same: here a requeue by its own hand, after USR2."""
     run = tmp_path / "run"
-    file = resources(tmp_path, nodes=2, tasks=1, pace=0.2, **THERE)
+    file = resources(tmp_path, nodes=2, tasks=1, pace=0.5, **THERE)
     script = halfseen("launch", "pretrain", *SHORT, f"run.folder={run}", "--launch", file, "--print-sbatch")
     assert "submitit" not in script
     (tmp_path / "job.sh").write_text(script)
