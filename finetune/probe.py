@@ -5,7 +5,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,19 +187,7 @@ def parts(config: Probe, world: World, folder: Path) -> stage.Parts:
         made = normalise(batch)
         return {"image": made["image"], "target": made["label"]}
 
-    def stream(start: int) -> Iterator[dict[str, Any]]:
-        return data.train_batches(
-            train_set,
-            config.data,
-            crop,
-            seed=config.run.seed,
-            start=start,
-            plan=batches,
-            rank=world.rank,
-            ledger=folder / "ledger.jsonl",
-            pin=world.device.type == "cuda",
-        )
-
+    stream = stage.stream(config, train_set, crop, batches, world, folder)
     return stage.Parts(student, train_set, batches, spans, stream, prepare, groups=student.groups(config.optim))
 
 

@@ -1,8 +1,7 @@
 """The fine-tuning stage: data, classifier, mixing, evaluation; the rest is shared (halfseen/stage)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from halfseen import data, distributed, selection, stage
 from halfseen.classification import Classifier
@@ -52,19 +51,8 @@ def parts(config: Finetune, world: World, folder: Path) -> stage.Parts:
     batches, spans = stage.derive(config, train_set, world)
     prepare = Prepare(config, batches, world.device)
 
-    def stream(start: int) -> Iterator[dict[str, Any]]:
-        return data.train_batches(
-            train_set,
-            config.data,
-            finetune_transform(config.augment, config.data.image_size),
-            seed=config.run.seed,
-            start=start,
-            plan=batches,
-            rank=world.rank,
-            ledger=folder / "ledger.jsonl",
-            pin=world.device.type == "cuda",
-        )
-
+    transform = finetune_transform(config.augment, config.data.image_size)
+    stream = stage.stream(config, train_set, transform, batches, world, folder)
     return stage.Parts(student, train_set, batches, spans, stream, prepare, student.layer_of, student.layers())
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from halfseen import engines, loop, optim, weights
 from halfseen.checkpoint import Checkpoints, read_weights
 from halfseen.config import Batches, ConfigError, changes, duration, find_recipe, load, stage_of, to_yaml
-from halfseen.data import ImageSet, reading
+from halfseen.data import ImageSet, reading, train_batches
+from halfseen.data.loader import DrawMask
+from halfseen.data.transforms import Transform
 from halfseen.distributed import World, place
 from halfseen.monitor import Monitor
 from halfseen.receipt import places, write_receipt
@@ -279,6 +281,34 @@ class Parts:
             self.begin()
         groups = self.groups or optim.groups(self.student, config.optim, self.layer_of, self.layers)
         return engines.create(config.engine, self.student, config.optim, groups, world, config.run.seed)
+
+
+def stream(
+    config: Any,
+    train_set: ImageSet,
+    transform: Transform,
+    batches: Batches,
+    world: World,
+    folder: Path,
+    mask: DrawMask | None = None,
+) -> Callable[[int], Iterator[dict[str, Any]]]:
+    """Parts.stream over single images: see data.train_batches. Bad samples go to the run's ledger."""
+
+    def from_position(start: int) -> Iterator[dict[str, Any]]:
+        return train_batches(
+            train_set,
+            config.data,
+            transform,
+            seed=config.run.seed,
+            start=start,
+            plan=batches,
+            rank=world.rank,
+            ledger=folder / "ledger.jsonl",
+            pin=world.device.type == "cuda",
+            mask=mask,
+        )
+
+    return from_position
 
 
 def run(

@@ -1,6 +1,6 @@
 """The pretraining stage: data, student, target and mask put together; everything else is shared (halfseen/stage)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -47,19 +47,7 @@ def parts(config: Pretrain, world: World, folder: Path) -> stage.Parts:
     batches, spans = stage.derive(config, train_set, world)
     prepare = Prepare(config, target, world.device)
 
-    def stream(start: int) -> Iterator[dict[str, Any]]:
-        return data.train_batches(
-            train_set,
-            config.data,
-            transform_of(config),
-            seed=config.run.seed,
-            start=start,
-            plan=batches,
-            rank=world.rank,
-            ledger=folder / "ledger.jsonl",
-            pin=world.device.type == "cuda",
-            mask=masks.host(config),
-        )
+    stream = stage.stream(config, train_set, transform_of(config), batches, world, folder, masks.host(config))
 
     def begin() -> None:
         begin_with(student, lambda count: prepare(first_images(config, train_set, count)), world)

@@ -1,6 +1,6 @@
 """The distillation stage: data, student, teacher, evaluation; the rest is shared (halfseen/stage)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,8 @@ def parts(config: Distill, world: World, folder: Path) -> stage.Parts:
     ask, example = open_teacher(config, train_set, spans.total, world)
     student, ask = create_student(config, ask, example, world)
 
-    def stream(start: int) -> Iterator[dict[str, Any]]:
-        return data.train_batches(
-            train_set,
-            config.data,
-            finetune_transform(config.augment, config.data.image_size),
-            seed=config.run.seed,
-            start=start,
-            plan=batches,
-            rank=world.rank,
-            ledger=folder / "ledger.jsonl",
-            pin=world.device.type == "cuda",
-        )
-
+    transform = finetune_transform(config.augment, config.data.image_size)
+    stream = stage.stream(config, train_set, transform, batches, world, folder)
     prepared = Prepare(config, batches, world.device, ask, student)
     return stage.Parts(student, train_set, batches, spans, stream, prepared, student.layer_of, student.layers())
 
