@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TEST_ARGS ?= -n 2 --dist loadfile
+# Three drills at a time, each worker with a cluster of its own: drills mostly wait for Slurm.
+DRILL_ARGS ?= -n 3 --maxschedchunk 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test drills lint format types clean
@@ -27,7 +29,7 @@ test: $(STAMP)  ## the whole test suite
 
 drills: $(STAMP)  ## every drill on a real Slurm of virtual nodes (root, Debian: tests/slurm/README.md)
 	bash tests/slurm/cluster install
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -m slurm $(DRILL_ARGS)
 
 lint: $(STAMP)  ## ruff: lint and format check
 	$(BIN)/ruff check .

@@ -14,6 +14,11 @@ from halfseen.config import (
     Optim,
     Run,
 )
+from halfseen.models.alternet import AlterNetConfig
+from halfseen.models.hierarchical import TimmConfig
+from halfseen.models.swin import SwinConfig
+from halfseen.models.trainable import check_trainable
+from halfseen.models.trunks import Kind
 
 
 @dataclass
@@ -23,7 +28,11 @@ class Finetune:
     stage: Literal["finetune"] = "finetune"
     # One after another: name, init (last, best or ema of the stage before), and sections that override the ones here.
     stages: list[dict[str, Any]] = field(default_factory=list)  # empty: one stage, in the run folder itself
+    trunk: Kind = "vit"  # which section describes the trunk: vit model, the others their own
     model: Model = field(default_factory=lambda: Model(drop_path=0.1))
+    swin: SwinConfig = field(default_factory=SwinConfig)
+    timm: TimmConfig = field(default_factory=TimmConfig)
+    alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
     data: Data = field(default_factory=Data)
     augment: Augment = field(
         default_factory=lambda: Augment(
@@ -48,13 +57,15 @@ class Finetune:
             )
         if self.data.label == "none":
             raise ConfigError("data.label", "none", "fine-tuning needs labels", "name a member extension, e.g. cls")
-        if self.task.pool == "class" and not self.model.class_token:
+        if self.task.pool == "class" and self.trunk == "vit" and not self.model.class_token:
             raise ConfigError(
                 "task.pool",
                 "class",
                 "model.class_token is false, so there is no such token",
                 "use task.pool=mean",
             )
+        if self.trunk == "vit":
+            check_trainable(self.model, self.data.image_size, self.engine.recompute)
         if self.task.frozen == "bf16" and self.engine.precision != "bf16":
             raise ConfigError(
                 "task.frozen",

@@ -2,41 +2,43 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from torch import Tensor
 from torchvision.io import write_png
 
-from halfseen import distributed, engines, optim
+from halfseen import distributed, engines, optim, origin
 from halfseen.checkpoint import read_weights
 from halfseen.classification import Classifier
 from halfseen.classification.answers import Answers
 from halfseen.classification.evaluation import Normalise, Result, confusion_picture, evaluate, open_val, worst
 from halfseen.classification.gallery import Gallery
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError, Model, positive
 from halfseen.distributed import World
-from halfseen.models import ViT
+from halfseen.models.sizes import resolve
+from halfseen.models.trunks import section_of, trunk_of
+from halfseen.models.vit import grid_of
+from halfseen.recipes import load
 from halfseen.weights import initialise
 
-from . import predictions, stages
+from . import predictions
 from .config import Finetune
+
+PREDICTING = ("engine.ema=0", "task.frozen=fp32", "task.recompute_mlp=false")
 
 
 def main(argv: Sequence[str]) -> int:
     """``halfseen evaluate RUN [key=value ...]``; returns the exit code. Works under torchrun."""
     arguments = parse(argv)
-    predictions.refuse(arguments.predictions)
     config = config_of(arguments.run, arguments.overrides)
+    refuse(arguments, config)
     if not config.data.val:
         raise ConfigError("data.val", config.data.val, "names no evaluation set", "e.g. data.val=/data/imagenet/val")
     answers = Answers.read(arguments.label_map, arguments.answers, config.data.classes)
-    weights = read_weights(weights_of(arguments.run, config), "ema" if arguments.ema else "model")
+    weights = read_weights(arguments.run, "ema" if arguments.ema else "model")
     with distributed.started(config.engine.device) as world:
         results: dict[int, Result] = {}
         for size in arguments.sizes or [config.data.image_size]:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="halfseen evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a fine-tuning run's folder, or one of its checkpoints")
+    parser.add_argument("run", type=Path, help="a fine-tuning run, one of its checkpoints, or a file of `delta apply`")
     parser.add_argument("overrides", nargs="*", help="options, e.g. data.val=/data/other engine.device=cpu")
     parser.add_argument("--ema", action="store_true", help="evaluate the averaged weights")
     parser.add_argument("--batch", type=int, default=256, help="images per forward pass and rank (default 256)")
@@ -70,6 +72,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def refuse(arguments: argparse.Namespace, config: Finetune) -> None:
+    """Raise ConfigError for what could only fail once everything is computed."""
+    predictions.refuse(arguments.predictions)
+    positive("--batch", arguments.batch)
+    for size in arguments.sizes:
+        if isinstance(section_of(config), Model):
+            grid_of(size, resolve(config.model).patch)
+    for option in ("json", "predictions", "gallery", "confusion"):
+        path = getattr(arguments, option)
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"--{option}", str(path), "is in no folder", "make the folder first")
+        if path is not None and option in ("gallery", "confusion") and path.suffix != ".png":
+            raise ConfigError(f"--{option}", str(path), "is a picture in PNG", "end its name in .png")
+
+
 def numbers(text: str) -> list[int]:
     """Numbers apart by commas."""
     return [int(part) for part in text.split(",")]
@@ -79,10 +96,11 @@ def once(
     config: Finetune, weights: dict[str, Tensor], arguments: argparse.Namespace, answers: Answers, world: World
 ) -> Result:
     """The evaluation at config.data.image_size. Collective."""
-    student = Classifier(ViT(config.model, config.data.image_size), config.task, config.data.classes)
+    student = Classifier(trunk_of(config), config.task, config.data.classes)
     given = initialise(student, weights, coverage=1.0)
     if given.new:
-        raise ConfigError("run", str(arguments.run), f"lacks {', '.join(given.new)}", "name a run of this config")
+        lacking = ", ".join(f"{name} ({why})" for name, why in given.new.items())
+        raise ConfigError("run", str(arguments.run), f"lacks {lacking}", "leave out options that change the model")
     groups = optim.groups(student, config.optim)
     engine = engines.create(config.engine, student, config.optim, groups, world, config.run.seed)
     listed = predictions.Predictions() if arguments.predictions else None
@@ -113,61 +131,28 @@ def named(path: Path, size: int, several: bool) -> Path:
 
 
 def config_of(run: Path, overrides: Sequence[str]) -> Finetune:
-    """The run's config, for predicting alone: no averages are kept, nothing is frozen in another type."""
-    stored = find_config(run)
-    refuse_pretraining(stored)
-    with as_finetuning(stored) as recipe:
-        whole = load(Finetune, recipe)
-        if whole.stages:
-            return config_of(stages.last_of(stored.parent, whole), overrides)
-        config = load(Finetune, recipe, [*overrides, "engine.ema=0", "task.frozen=fp32", "task.recompute_mlp=false"])
-    config.run.folder = str(stored.parent)  # it may have moved since it was written
+    """The config of what is evaluated, for predicting alone: no averages are kept, nothing is frozen in another type.
+
+    That of a distilled classifier is read as fine-tuning would have it: the sections that both stages have.
+    """
+    found = origin.require("run", run)
+    refuse_pretraining(run, found.said)
+    known = {part.name for part in fields(Finetune)} - {"stage", "stages"}
+    shared = {name: value for name, value in found.said.items() if name in known}
+    config = load(Finetune, None, [*overrides, *PREDICTING], [shared])
+    config.run.folder = str(found.weights if run.is_dir() else run.parent)  # it may have moved since it was written
     return config
 
 
-@contextmanager
-def as_finetuning(stored: Path) -> Iterator[Path]:
-    """A run's config as fine-tuning would have it: of a distilled classifier, the sections that both stages have."""
-    plain = yaml.safe_load(stored.read_text()) or {}
-    if plain.get("stage") != "distill":
-        yield stored
+def refuse_pretraining(run: Path, said: dict[str, Any]) -> None:
+    """Raise ConfigError for weights of a stage that has no classifier to evaluate."""
+    stage = said.get("stage", "pretrain")
+    if stage in ("finetune", "distill"):
         return
-    if plain.get("trunk", "vit") != "vit":
-        run = str(stored.parent)
-        raise ConfigError(
-            "run", run, "its trunk is no ViT, which is all this command builds", "see evaluation.json there"
-        )
-    shared = {name: value for name, value in plain.items() if name in {part.name for part in fields(Finetune)}}
-    with TemporaryDirectory() as folder:
-        recipe = Path(folder) / stored.name
-        recipe.write_text(yaml.safe_dump(shared | {"stage": "finetune"}))
-        yield recipe
-
-
-def weights_of(run: Path, config: Finetune) -> Path:
-    """Where the weights lie: what was named, or the last stage of a run that has several."""
-    return Path(config.run.folder) if (run / "config.yaml").is_file() else run
-
-
-def find_config(run: Path) -> Path:
-    """The config.yaml of a run folder or of a checkpoint inside one."""
-    for folder in (run, *run.resolve().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise ConfigError("run", str(run), "has no config.yaml beside or above it", "name a run folder")
-
-
-def refuse_pretraining(stored: Path) -> None:
-    """Raise ConfigError if a run's config is of the pretraining stage: it has no classifier to evaluate."""
-    if (yaml.safe_load(stored.read_text()) or {}).get("stage") == "pretrain":
-        run = stored.parent
-        raise ConfigError(
-            "run",
-            str(run),
-            "is a pretraining run: it has no classifier",
-            f"fine-tune it first (`halfseen finetune RECIPE run.init={run}`) and evaluate that run, or see what it "
-            f"reconstructs (`halfseen reconstruct {run}`)",
-        )
+    fix = f"fine-tune it first (`halfseen finetune RECIPE run.init={run}`) and evaluate that run"
+    if stage == "pretrain":
+        fix += f", or see what it reconstructs (`halfseen reconstruct {run}`)"
+    raise ConfigError("run", str(run), f"is of the stage {stage}: it has no classifier", fix)
 
 
 def report(result: Result, path: Path | None, sizes: dict[int, Result] | None = None) -> None:

@@ -12,23 +12,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
-from halfseen import data, distributed, engines, optim, stage
+from halfseen import data, distributed, engines, optim, origin, stage
 from halfseen.classification import knn
 from halfseen.classification.evaluation import Normalise, Score, Share, in_step, open_val
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.data.transforms import evaluation_transform, resize
 from halfseen.distributed import World
 from halfseen.engines import Engine
-from halfseen.models import ViT
 from halfseen.models.norm import BatchNorm
+from halfseen.models.trunks import Trunk, trunk_of
 from halfseen.monitor import Monitor
+from halfseen.recipes import load
 
-from . import stages
-from .config import Finetune
-from .evaluate import find_config
 from .probe_config import Heads, Probe
 
 SCHEMA = Probe
@@ -65,16 +62,11 @@ def main(argv: Sequence[str]) -> int:
 def config_of(kind: str, weights: Path, overrides: Sequence[str]) -> Probe:
     """The probe's config: the trunk and the data of the run that made the weights, then the user's options."""
     sections: list[dict[str, Any]] = [ATTENTIVE] if kind == "attentive" else []
-    if weights.is_dir():
-        file = find_config(weights)
-        stored = yaml.safe_load(file.read_text())
-        if stored.get("stages"):
-            weights = stages.last_of(file.parent, load(Finetune, file))
-            stored = yaml.safe_load((weights / "config.yaml").read_text())
-        augment = {name: stored["augment"][name] for name in ("mean", "std")}
-        sections.append({"model": {**stored["model"], "drop_path": 0.0}, "data": stored["data"], "augment": augment})
-    elif not weights.exists():
+    if not weights.exists():
         raise ConfigError("weights", str(weights), "there is no such file or folder", "check the path")
+    found = origin.of(weights)
+    if found is not None:
+        sections.append({**origin.inherited((), found.said), "data": found.said.get("data") or {}})
     sections.append({"probe": {"kind": "linear" if kind == "knn" else kind}})
     config = load(Probe, None, overrides, sections)
     config.run.init = config.run.init or str(weights)
@@ -94,7 +86,7 @@ class Probed(nn.Module):
     features [B, D], pooled and not normalised.
     """
 
-    def __init__(self, encoder: ViT, cfg: Heads, classes: int) -> None:
+    def __init__(self, encoder: Trunk, cfg: Heads, classes: int) -> None:
         super().__init__()
         self.cfg, self.classes = cfg, classes
         self.encoder = encoder.requires_grad_(False)
@@ -177,7 +169,7 @@ class Attentive(nn.Module):
 def parts(config: Probe, world: World, folder: Path) -> stage.Parts:
     """What this stage trains, on which data, prepared how."""
     stage.seed_weights(config.run.seed)
-    student = Probed(ViT(config.model, config.data.image_size), config.probe, config.data.classes)
+    student = Probed(trunk_of(config), config.probe, config.data.classes)
     train_set = data.open_set(config.data, "train")
     batches, spans = stage.derive(config, train_set, world)
     normalise = Normalise(config, world.device)
@@ -246,7 +238,7 @@ class Evaluations:
 def neighbours(config: Probe, arguments: argparse.Namespace) -> int:
     """Weighted nearest neighbours of the evaluation set among the training set, both seen through the centre crop."""
     ks = [int(part) for part in arguments.k.split(",")]
-    student = Probed(ViT(config.model, config.data.image_size), config.probe, config.data.classes)
+    student = Probed(trunk_of(config), config.probe, config.data.classes)
     stage.initialise(student, config, World())
     with distributed.started(config.engine.device) as world:
         engine = engines.create(config.engine, student, config.optim, student.groups(config.optim), world, 0)
@@ -266,7 +258,7 @@ def seen(config: Probe, which: str, batch: int, engine: Engine, world: World) ->
     batches = data.evaluation_batches(
         data.open_set(config.data, which),
         config.data,
-        evaluation_transform(config.data.image_size),
+        evaluation_transform(config.data.image_size, config.data.eval_crop),
         rank=world.rank,
         world=world.world,
         batch=batch,

@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, positive
+from halfseen.models.alternet import AlterNetConfig
+from halfseen.models.hierarchical import TimmConfig
+from halfseen.models.swin import SwinConfig
+from halfseen.models.trunks import Kind
 
 
 @dataclass
@@ -29,7 +33,11 @@ class Probe:
     """A probe. Defaults are MAE's published linear probe (90 epochs, LARS)."""
 
     stage: Literal["probe"] = "probe"
+    trunk: Kind = "vit"  # which section describes the trunk: vit model, the others their own
     model: Model = field(default_factory=Model)
+    swin: SwinConfig = field(default_factory=SwinConfig)
+    timm: TimmConfig = field(default_factory=TimmConfig)
+    alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=lambda: Augment(crop_scale=(0.08, 1.0)))
     probe: Heads = field(default_factory=Heads)
@@ -48,7 +56,8 @@ class Probe:
             )
         if self.data.label == "none":
             raise ConfigError("data.label", "none", "a probe needs labels", "name a member extension, e.g. cls")
-        if self.probe.kind == "linear" and self.probe.pool == "class" and not self.model.class_token:
+        classed = self.trunk == "vit" and self.model.class_token
+        if self.probe.kind == "linear" and self.probe.pool == "class" and not classed:
             raise ConfigError("probe.pool", "class", "the trunk has no such token", "probe.pool=mean")
         given = self.augment
         if given.mixup or given.cutmix or given.erase or given.randaugment:

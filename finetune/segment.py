@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from halfseen import data, distributed, selection, stage
 from halfseen.classification.evaluation import Share, in_step
 from halfseen.config import ConfigError
-from halfseen.data.pairs import NOTHING, JointCrop, evaluation_pairs, train_pairs
+from halfseen.data.pairs import NOTHING, JointCrop, Pairs, ShortSide
 from halfseen.data.transforms import normalise
 from halfseen.distributed import World
 from halfseen.engines import Engine
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         stage.announce(config, folder, made, world)
         if world.main:
             print(f"trains    {selection.describe(made.student, config.pixels.train)}", flush=True)
-        evaluate = Evaluations(config, folder, made.batches.micro, world) if config.data.val else None
+        evaluate = Evaluations(config, folder, world) if config.data.val else None
         outcome = stage.run(opened, made, world, evaluate=evaluate)
     return stage.exit_code(outcome)
 
@@ -49,19 +49,7 @@ def parts(config: Segment, world: World, folder: Path) -> stage.Parts:
     batches, spans = stage.derive(config, train_set, world)
     crop = JointCrop(config.data.image_size, config.pixels.scale, config.augment.flip)
 
-    def stream(start: int) -> Iterator[dict[str, Any]]:
-        return train_pairs(
-            train_set,
-            config.data,
-            crop,
-            seed=config.run.seed,
-            start=start,
-            plan=batches,
-            rank=world.rank,
-            ledger=folder / "ledger.jsonl",
-            pin=world.device.type == "cuda",
-        )
-
+    stream = stage.stream(config, train_set, crop, batches, world, folder, images=Pairs)
     prepare = Prepare(config, world.device)
     return stage.Parts(student, train_set, batches, spans, stream, prepare, student.layer_of, student.layers())
 
@@ -220,11 +208,12 @@ class Overlap:
 class Evaluations:
     """Mean IoU over the evaluation set, each picture once on any number of ranks; writes evaluation.json.
 
-    Pictures are squeezed into the square of data.image_size and judged there, without a sliding window.
+    The shorter side of a picture becomes data.image_size; a square window of that size slides over it, scores are
+    averaged where windows overlap, and classes are compared at the size of the mask.
     """
 
-    def __init__(self, config: Segment, folder: Path, batch: int, world: World) -> None:
-        self.config, self.path, self.batch, self.world = config, folder / "evaluation.json", batch, world
+    def __init__(self, config: Segment, folder: Path, world: World) -> None:
+        self.config, self.path, self.world = config, folder / "evaluation.json", world
         self.prepare = Prepare(config, world.device)
 
     def __call__(self, engine: Engine, monitor: Monitor, position: int) -> dict[str, float]:
@@ -243,19 +232,59 @@ class Evaluations:
         """Every picture of the evaluation set once. Collective."""
         classes, device = self.config.data.classes, self.world.device
         confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-        batches = evaluation_pairs(
+        batches = data.evaluation_batches(
             data.open_set(self.config.data, "val"),
             self.config.data,
-            JointCrop(self.config.data.image_size),
+            ShortSide(self.config.data.image_size),
             rank=self.world.rank,
             world=self.world.world,
-            batch=self.batch,
+            batch=1,  # since each picture has its own shape
+            images=Pairs,
         )
+        side, stride = self.config.data.image_size, round(self.config.data.image_size * self.config.pixels.stride)
         for batch, counts in in_step(Share(batches, self.prepare), self.world):
-            named = engine.predict({"image": batch["image"]})["logits"].argmax(1)
+            logits = slide(lambda windows: engine.predict({"image": windows})["logits"], batch["image"], side, stride)
             if counts:
                 target = batch["target"]
+                named = named_at(logits, target.shape[1:])
                 counted = target != NOTHING
                 place = torch.where(counted, target, 0) * classes + named
                 confusion.index_add_(0, place.flatten(), counted.flatten().long())
         return Overlap(self.world.sum(confusion).view(classes, classes).cpu())
+
+
+def slide(predict: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: int) -> Tensor:
+    """Scores [1, K, h, w] of a picture [1, 3, h, w]: the mean over square windows, all of them in one prediction.
+
+    predict: windows [n, 3, side, side] to scores [n, K, side, side]. Ranks predict equally often, whatever their
+    pictures' shapes are. As mmsegmentation's slide_inference: the last window of a row ends at the border.
+    """
+    down, across = (starts(length, side, stride) for length in image.shape[2:])
+    places = [(top, left) for top in down for left in across]
+    scores = predict(torch.cat([image[:, :, top : top + side, left : left + side] for top, left in places])).float()
+    total = scores.new_zeros(1, scores.shape[1], *image.shape[2:])
+    count = scores.new_zeros(1, 1, *image.shape[2:])
+    for (top, left), one in zip(places, scores):
+        total[0, :, top : top + side, left : left + side] += one
+        count[0, :, top : top + side, left : left + side] += 1
+    return total / count
+
+
+def starts(length: int, side: int, stride: int) -> list[int]:
+    """Where windows of a side begin on a length that is no shorter."""
+    return [min(first, length - side) for first in range(0, length - side + stride, stride)]
+
+
+def named_at(scores: Tensor, size: Sequence[int], most: int = 16) -> Tensor:
+    """The likeliest class int64 [1, H, W] at a size, of scores [1, K, h, w] made larger, ``most`` classes at a time."""
+    best, named = None, None
+    for first in range(0, scores.shape[1], most):
+        part = F.interpolate(scores[:, first : first + most], tuple(size), mode="bilinear", align_corners=False)
+        value, place = part.max(1)
+        if best is None or named is None:
+            best, named = value, place
+        else:
+            named = torch.where(value > best, place + first, named)
+            best = torch.maximum(best, value)
+    assert named is not None, "there are classes"
+    return named

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from halfseen import selection
-from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, positive
+from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, between, positive
 
 
 @dataclass
@@ -15,6 +15,7 @@ class Pixels:
     width: int = 256  # channels of the pyramid
     zero_is_nothing: bool = False  # masks count from 1, and 0 is no class (ADE20K); else 255 is no class
     scale: tuple[float, float] = (0.5, 2.0)  # random resizing before the crop: lowest and highest
+    stride: float = 2 / 3  # evaluation: from one square window of the picture to the next, over the window's side
     train: str = "all"  # what trains in the trunk: all, attention, head, ... (see docs/finetuning.md)
 
     def check(self, key: str) -> None:
@@ -23,6 +24,7 @@ class Pixels:
         selection.check(f"{key}.train", self.train)
         if "lora" in self.train:
             raise ConfigError(f"{key}.train", self.train, "only the classifier has low-rank maps", "train another part")
+        between(f"{key}.stride", self.stride, 0.01, 1.0)
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f"{key}.scale", self.scale, "is not 0 < low <= high", "e.g. [0.5, 2.0]")
 

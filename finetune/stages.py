@@ -23,9 +23,10 @@ from omegaconf import OmegaConf
 from halfseen import delta, stage
 from halfseen.checkpoint import read_weights
 from halfseen.classification.evaluation import BEST
-from halfseen.config import ConfigError, load, to_yaml
+from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.loop import Outcome
+from halfseen.recipes import load, to_yaml
 
 from .config import Finetune
 
@@ -208,11 +209,3 @@ def replace(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def last_of(folder: Path, config: Finetune) -> Path:
-    """The folder of the last stage that has a checkpoint; the run's own if it has no stages."""
-    begun = [item.folder for item in plan(config, folder) if any((item.folder / "checkpoints").glob("img_*"))]
-    if config.stages and not begun:
-        raise ConfigError("run", str(folder), "none of its stages has a checkpoint yet", "run it first")
-    return begun[-1] if begun else folder

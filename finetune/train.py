@@ -10,7 +10,7 @@ from halfseen.classification.prepare import Prepare
 from halfseen.data.transforms import finetune_transform
 from halfseen.distributed import World
 from halfseen.loop import Outcome
-from halfseen.models import ViT
+from halfseen.models.trunks import trunk_of
 
 from . import stages
 from .config import Finetune
@@ -58,4 +58,4 @@ def parts(config: Finetune, world: World, folder: Path) -> stage.Parts:
 
 def create_student(config: Finetune) -> Classifier:
     """The trunk and a new head, with random weights, on the CPU."""
-    return Classifier(ViT(config.model, config.data.image_size), config.task, config.data.classes)
+    return Classifier(trunk_of(config), config.task, config.data.classes)

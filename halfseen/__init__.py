@@ -1,4 +1,15 @@
-"""halfseen: masked-image pretraining, distillation and fine-tuning of Vision Transformers."""
+"""halfseen: masked-image pretraining, distillation and fine-tuning of Vision Transformers.
+
+Training is done by commands (`halfseen --help`). In Python, what they trained is a backbone:
+
+    import halfseen
+
+    model = halfseen.load("runs/mae_b16")      # a run, a checkpoint, a weight file, or a recipe
+    see = halfseen.transforms_for(model)       # how it wants its pictures
+    features = model.features(see("cat.jpg")[None])
+
+More: help(halfseen.load), help(halfseen.Backbone), docs/finetuning.md.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,3 +27,8 @@ def __getattr__(name: str) -> Any:
     from . import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """Names of the API, for help() and completion."""
+    return [*globals(), *__all__]

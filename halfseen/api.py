@@ -14,19 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from halfseen import delta, origin
 from halfseen.checkpoint import read_weights
+from halfseen.checkpoint.read import WEIGHT_FILES
 from halfseen.classification import Classifier, Task
-from halfseen.config import Augment, ConfigError, Data, Model, find_recipe, read_layers
-from halfseen.config import load as load_config
+from halfseen.config import Augment, ConfigError, Data, Model
 from halfseen.data.decode import decode
 from halfseen.data.transforms import evaluation_transform, normalise
 from halfseen.layouts import detect
 from halfseen.models import ViT
+from halfseen.recipes import find_recipe, read_layers
+from halfseen.recipes import load as load_config
 from halfseen.weights import initialise
 
 Picture = str | Path | bytes | Image.Image | Tensor | np.ndarray
@@ -54,13 +55,15 @@ class Backbone(nn.Module):
         self.num_features = encoder.width
         self.num_classes = described.data.classes if classifier is not None else 0
         self.image_size = (encoder.grid[0] * encoder.patch, encoder.grid[1] * encoder.patch)
+        # As timm's: of each block's map, its channels, pixels from one place to the next, and where it comes from.
+        self.feature_info = [
+            {"num_chs": encoder.width, "reduction": encoder.patch, "module": f"encoder.blocks.{number}"}
+            for number in range(encoder.depth)
+        ]
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores [B, K] of a classifier, else features [B, D]."""
-        if self.classifier is None:
-            return self.features(images)
-        scores: Tensor = self.classifier({"image": images, "task": "predict"})["logits"]
-        return scores
+        return self.forward_head(self.forward_features(images))
 
     def features(self, images: Tensor, pool: Literal["class", "mean", "head"] | None = None) -> Tensor:
         """One vector per image, [B, D]: the class token, the mean of patches, or what the head reads.
@@ -68,8 +71,8 @@ class Backbone(nn.Module):
         pool None: what the head reads, and without a head the mean of patches.
         """
         tokens = self.forward_features(images)
-        if pool in (None, "head") and self.classifier is not None:
-            return self.classifier.pooled(tokens)
+        if pool is None or (pool == "head" and self.classifier is not None):
+            return self.forward_head(tokens, pre_logits=True)
         if pool == "head":
             raise ValueError("this model has no head: pool is class or mean")
         if pool == "class":
@@ -82,9 +85,18 @@ class Backbone(nn.Module):
         """All tokens after the final norm, [B, prefix + N, D]."""
         return self.encoder(images)
 
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to class scores [B, K]; with pre_logits, and without a head, to features [B, D]."""
+        if self.classifier is None:
+            return tokens[:, self.encoder.prefix :].mean(1)
+        return self.classifier.pooled(tokens) if pre_logits else self.classifier.scores(tokens)
+
     def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """What chosen blocks (from 0; negative from the end) left of the patches, as maps [B, D, h, w]."""
-        blocks = [index % self.encoder.depth for index in indices]
+        depth = self.encoder.depth
+        if wrong := [index for index in indices if not -depth <= index < depth]:
+            raise ValueError(f"there are no blocks {wrong}, only 0 to {depth - 1}")
+        blocks = [index % depth for index in indices]
         layers = self.encoder.trace(images, layers=set(blocks)).layers
         shape = self.encoder.grid
         return [layers[block][:, self.encoder.prefix :].transpose(1, 2).unflatten(2, shape) for block in blocks]
@@ -94,28 +106,29 @@ def load(
     source: str | Path,
     *,
     recipe: str | Path | None = None,
+    change: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     part: Literal["model", "ema"] = "model",
     device: str | torch.device = "cpu",
 ) -> Backbone:
     """A trained trunk, or a recipe's with random weights, in evaluation mode.
 
-    source: a run folder, a checkpoint, a file that ``halfseen export`` wrote, or a recipe (a bundled name or a .yaml).
-    Any other weight file needs a recipe that describes its trunk. image_size: pixels, also (height, width); positions
-    are resampled to it. part: ema takes averaged weights. Raises ConfigError.
+    source: a run folder, a checkpoint, a file that ``halfseen export``, ``convert`` or ``delta apply`` wrote, or a
+    recipe (a bundled name or a .yaml). Any other weight file needs a recipe that describes its trunk. change: a delta
+    file that was made from source (see halfseen/delta.py), for one of several tasks on one base. image_size: pixels,
+    also (height, width); positions are resampled to it. part: ema takes averaged weights. Raises ConfigError.
     """
     path = Path(source)
-    weights: dict[str, Tensor] | None = None
-    if recipe is not None:
-        described, weights = describe(read_yaml(find_recipe(str(recipe)))), read_weights(path, part)
-    elif path.is_dir():
-        folder, stored = stored_config(path)
-        described, weights = describe(stored), read_weights(folder, part)
-    elif path.suffix == ".safetensors":
-        described, weights = describe(exported_config(path)), read_weights(path, part)
+    if recipe is None and not path.is_dir() and path.suffix not in WEIGHT_FILES:
+        return build(describe(read_yaml(find_recipe(str(source)))), None, image_size).to(device).eval()
+    weights = read_weights(path, part)
+    if change is not None:
+        said, weights = origin.require("change", Path(change)).said, delta.apply(weights, Path(change))
+    elif recipe is not None:
+        said = read_yaml(find_recipe(str(recipe)))
     else:
-        described = describe(read_yaml(find_recipe(str(source))))
-    return build(described, weights, image_size).to(device).eval()
+        said = origin.require("source", path).said
+    return build(describe(said), weights, image_size).to(device).eval()
 
 
 def build(described: Described, weights: dict[str, Tensor] | None, size: int | tuple[int, int] | None) -> Backbone:
@@ -177,9 +190,10 @@ def describe(stored: dict[str, Any]) -> Described:
         raise ConfigError("trunk", stored["trunk"], "only a ViT is a backbone here", "use timm for hierarchical trunks")
     data = {name: value for name, value in (stored.get("data") or {}).items() if name in ("image_size", "classes")}
     augment = {name: value for name, value in (stored.get("augment") or {}).items() if name in ("mean", "std")}
-    picked = {"model": {**(stored.get("model") or {}), "drop_path": 0.0}, "data": data, "augment": augment}
+    model = {**(stored.get("model") or {}), "drop_path": 0.0, "attention_dropout": 0.0}
+    picked = {"model": model, "data": data, "augment": augment}
     described = load_config(Described, None, (), [picked])
-    if stored.get("stage", "finetune") == "finetune" and described.data.classes:
+    if stored.get("stage", "finetune") in ("finetune", "distill") and described.data.classes:
         task = {**(stored.get("task") or {}), "frozen": "fp32", "recompute_mlp": False}
         described.task = load_config(Tasked, None, (), [{"task": task}]).task
     return described
@@ -190,32 +204,6 @@ class Tasked:
     """A config of one section."""
 
     task: Task = field(default_factory=Task)
-
-
-def stored_config(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the weights of a run lie, and its config: of the last stage that has begun, if the run has several."""
-    for folder in (path, *path.resolve().parents[:2]):
-        if (folder / "config.yaml").is_file():
-            stored = read_yaml(folder / "config.yaml")
-            begun = [part.parent for part in folder.glob("[0-9]*_*/checkpoints") if any(part.glob("img_*"))]
-            begun.sort(key=lambda part: int(part.name.partition("_")[0]))
-            if stored.get("stages") and begun:
-                return begun[-1], read_yaml(begun[-1] / "config.yaml")
-            return path, stored
-    raise ConfigError(
-        "source", str(path), "has no config.yaml beside or above it", "name a run folder, or give recipe="
-    )
-
-
-def exported_config(path: Path) -> dict[str, Any]:
-    """The config that ``halfseen export`` puts into a file's header."""
-    if not path.is_file():
-        raise ConfigError("source", str(path), "there is no such file", "check the path")
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("config", "")
-    if not text:
-        raise ConfigError("source", str(path), "does not say what its trunk is", "give recipe=, e.g. finetune/mae_b16")
-    return dict(yaml.safe_load(text))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfseen import layouts
+from halfseen.checkpoint.read import DELTA
 from halfseen.config import ConfigError
 
-FORMAT = "halfseen delta 1"
+FORMAT = f"{DELTA} 1"
 LEVEL = 6  # of zlib
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -383,13 +383,15 @@ class Schedule:
     warmup_images: float
     total_images: float
     step_images: float = 1.0  # images of one update; schedule=beit counts steps
+    drops: tuple[float, ...] = ()  # positions from which on the rate is cfg.drop times what it was (schedule=steps)
 
     def rate(self, position: float) -> float:
         """The rate of the update that starts at this position."""
         cfg = self.cfg
-        if cfg.schedule == "constant":
+        if cfg.schedule in ("constant", "steps"):
             ramp = min(position / self.warmup_images, 1.0) if self.warmup_images else 1.0
-            return cfg.warmup_lr + (self.peak - cfg.warmup_lr) * ramp
+            passed = sum(position >= drop for drop in self.drops)
+            return (cfg.warmup_lr + (self.peak - cfg.warmup_lr) * ramp) * cfg.drop**passed
         warmup, start, floor = self.warmup_images, cfg.warmup_lr, cfg.min_lr
         if cfg.schedule == "timm":
             return timm_cosine(position, self.peak, length=self.total_images, warmup=warmup, start=start, floor=floor)

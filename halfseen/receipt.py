@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from halfseen.config import ConfigError, changes
+from halfseen.config import ConfigError
 from halfseen.distributed import World
+from halfseen.recipes import changes
 
 SLURM = (
     "job_id",

@@ -3,6 +3,7 @@ numbers, restore or start, train, report."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -10,15 +11,16 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import nn
 
-from halfseen import engines, loop, optim, weights
+from halfseen import engines, loop, optim, origin, weights
 from halfseen.checkpoint import Checkpoints, read_weights
-from halfseen.config import Batches, ConfigError, changes, duration, find_recipe, load, stage_of, to_yaml
+from halfseen.config import Batches, ConfigError, duration
 from halfseen.data import ImageSet, reading, train_batches
-from halfseen.data.loader import DrawMask
 from halfseen.data.transforms import Transform
 from halfseen.distributed import World, place
+from halfseen.lock import held
 from halfseen.monitor import Monitor
 from halfseen.receipt import places, write_receipt
+from halfseen.recipes import changes, find_recipe, load, stage_of, to_yaml
 from halfseen.watchdog import Watchdog
 
 Stage = TypeVar("Stage")
@@ -40,6 +42,7 @@ FREE = (
     "engine.rollback_budget",
     "data.train",  # the shards may have moved; their fingerprint decides
     "data.val",
+    "data.eval_crop",
     "data.workers",
     "data.prefetch",
     "data.bad_limit",
@@ -50,6 +53,8 @@ FREE = (
     "teacher.compile",
     "store.folder",  # the answers may have moved; their description decides
     "store.missing",
+    "target.codes.store.folder",
+    "target.codes.store.missing",
     "run.folder",
     "run.init",
     "run.micro_batch",
@@ -81,6 +86,7 @@ def open_run(schema: type[Stage], argv: Sequence[str]) -> Opened[Stage]:
 
     A run folder continues exactly that run. A recipe whose run.folder already holds a run continues it too, if
     every option that shapes the curve is the same; otherwise ConfigError names the first one that is not.
+    Options of the trunk that nobody states are those of run.init, and stated ones that differ are refused.
     """
     name = schema.__name__.lower()
     if not argv or {"-h", "--help"} & set(argv):
@@ -98,7 +104,7 @@ def open_run(schema: type[Stage], argv: Sequence[str]) -> Opened[Stage]:
     else:
         recipe = find_recipe(source)
         refuse_other_stage(name, recipe, "recipe", source, "halfseen {stage} " + source)
-        config = load(schema, recipe, overrides)
+        config = origin.adopted(schema, recipe, overrides)
         config.run.folder = config.run.folder or f"runs/{Path(source).stem}"
     return open_config(schema, config)
 
@@ -156,6 +162,7 @@ class Spans:
     log: int
     evaluate: int
     picture: int
+    drops: tuple[int, ...] = ()  # positions at which schedule=steps lowers the rate
 
     @classmethod
     def derive(cls, config: Any, epoch: int, batch: int) -> "Spans":
@@ -190,7 +197,14 @@ class Spans:
         for name in ("checkpoint", "log"):
             if spans[name] < 1:
                 raise ConfigError(f"run.{name}_every", getattr(config.run, f"{name}_every"), "is no time", "use 5%")
-        return cls(total, **spans)
+        drops = [duration("optim.drops", text, epoch=epoch, total=total, batch=batch) for text in config.optim.drops]
+        for text, drop in zip(config.optim.drops, drops):
+            if not spans["warmup"] <= drop < total:
+                reason = (
+                    f"is at {drop} images, not between the warm-up's end ({spans['warmup']}) and the run's ({total})"
+                )
+                raise ConfigError("optim.drops", text, reason, "name times within the run, e.g. optim.drops=[87.5%]")
+        return cls(total, **spans, drops=tuple(drops))
 
 
 def derive(config: Any, train_set: ImageSet, world: World) -> tuple[Batches, Spans]:
@@ -225,6 +239,8 @@ def announce(config: Any, folder: Path, parts: "Parts", world: World) -> None:
     print(f"data      {train_set.images:,} images per epoch, fingerprint {train_set.fingerprint[:12]}")
     print(f"batch     {batches}")
     print(f"length    {spans.total:,} images = {spans.total // batches.total:,} steps = {epochs:.4g} epochs")
+    if parts.period and parts.period < spans.total:
+        print(f"repeats   after {parts.period:,} images: the same samples, crops, mixing and masks again")
     print(f"every     logs {spans.log:,} images, saves {spans.checkpoint:,}")
     peak = config.optim.peak(batches.total)
     print(f"rate      peak {peak:.4g} after {spans.warmup:,} images, {config.optim.schedule}")
@@ -243,7 +259,9 @@ def initialise(student: nn.Module, config: Any, world: World) -> None:
         given = read_weights(config.run.init, config.run.init_part)
     except ConfigError as refused:
         raise ConfigError("run.init", config.run.init, refused.reason, refused.fix) from refused
-    report = weights.initialise(student, given, coverage=config.run.init_coverage)
+    down, across = config.run.init_grid or (0, 0)
+    grid = (down, across) if down else None
+    report = weights.initialise(student, given, coverage=config.run.init_coverage, grid=grid)
     if world.main:
         print(report)
 
@@ -266,12 +284,20 @@ class Parts:
     layer_of: Callable[[str], int] | None = None
     layers: int = 0
     begin: Callable[[], None] | None = None
+    period: int | None = None  # after so many images the stream begins again; None: never
     groups: list[optim.Group] | None = None  # of parameters, where layers are not what tells their rates
 
     def schedule(self, config: Any) -> optim.Schedule:
         """The rate at every position."""
         peak = config.optim.peak(self.batches.total)
-        return optim.Schedule(config.optim, peak, self.spans.warmup, self.spans.total, self.batches.total)
+        spans = self.spans
+        return optim.Schedule(config.optim, peak, spans.warmup, spans.total, self.batches.total, spans.drops)
+
+    def reads(self, config: Any) -> Callable[[int, int, int], str]:
+        """What a rank reads at a position, in words: see data.reading."""
+        words = reading(self.train_set, config.data, config.run.seed, self.batches)
+        period = self.period
+        return words if period is None else lambda rank, position, number: words(rank, position % period, number)
 
     def engine(self, config: Any, world: World, fresh: bool) -> engines.Engine:
         """The student in its engine; fresh: no checkpoint will be loaded, so its weights are run.init's or random."""
@@ -290,9 +316,9 @@ def stream(
     batches: Batches,
     world: World,
     folder: Path,
-    mask: DrawMask | None = None,
+    **more: Any,
 ) -> Callable[[int], Iterator[dict[str, Any]]]:
-    """Parts.stream over single images: see data.train_batches. Bad samples go to the run's ledger."""
+    """Parts.stream: data.train_batches, and ``more`` of its options. Bad samples go to the run's ledger."""
 
     def from_position(start: int) -> Iterator[dict[str, Any]]:
         return train_batches(
@@ -305,7 +331,7 @@ def stream(
             rank=world.rank,
             ledger=folder / "ledger.jsonl",
             pin=world.device.type == "cuda",
-            mask=mask,
+            **more,
         )
 
     return from_position
@@ -325,43 +351,14 @@ def run(
     """
     config, folder = opened.config, opened.folder
     train_set, batches, spans = parts.train_set, parts.batches, parts.spans
-    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep, world, config.run.async_save)
-    # How the weights start: 1. this run's newest healthy checkpoint, 2. run.init, 3. random.
-    newest = checkpoints.newest()
-    engine = parts.engine(config, world, fresh=newest is None)
-    start = skipped = 0
-    if newest is not None:
-        state = engine.state()
-        meta = checkpoints.load(newest, state)
-        refuse_other_data(meta, train_set)
-        engine.load_state(state)
-        start, skipped = meta["position"], meta.get("skipped", 0)
-        if start % batches.total:
-            raise ConfigError(
-                "run.global_batch",
-                batches.total,
-                f"the run stands at {start}, not a multiple of it",
-                "keep the old one",
-            )
-    ranks = places(world)
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not opened.resumed:
-            (folder / "config.yaml").write_text(to_yaml(config))
-        fingerprint = train_set.fingerprint
-        for name, text in engine.files.items():
-            (folder / name).write_text(text)
-        write_receipt(folder, config=config, world=world, fingerprint=fingerprint, start=start, ranks=ranks)
-        if newest is not None:
-            print(f"resumed   {newest.name}: {start:,} of {spans.total:,} images done", flush=True)
-        if start >= spans.total:
-            print("complete  nothing is left to do; evaluate it, or use it as run.init of another run", flush=True)
-    world.barrier()
-    flops = float(cast(Any, parts.student).train_flops_per_image())
-    monitor = Monitor(folder, config.monitor, total=spans.total, start=start, world=world, flops_per_image=flops)
-    try:
-        reads = reading(train_set, config.data, config.run.seed, batches)
-        with Watchdog(folder, config.run.stall_minutes, world, reads) as watchdog:
+    with held(folder, world):
+        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep, world, config.run.async_save)
+        engine, start, skipped = restored(opened, parts, world, checkpoints)
+        record(opened, parts, world, engine, start)
+        flops = float(cast(Any, parts.student).train_flops_per_image())
+        monitor = Monitor(folder, config.monitor, total=spans.total, start=start, world=world, flops_per_image=flops)
+        reads = parts.reads(config)
+        with closing(monitor), Watchdog(folder, config.run.stall_minutes, world, reads) as watchdog:
             return loop.train(
                 engine=engine,
                 batches=parts.stream,
@@ -383,8 +380,46 @@ def run(
                 beat=watchdog.beat,
                 skipped=skipped,
             )
-    finally:
-        monitor.close()
+
+
+def restored(
+    opened: Opened[Any], parts: Parts, world: World, checkpoints: Checkpoints
+) -> tuple[engines.Engine, int, int]:
+    """The engine where the run stands, the position, and how many updates were skipped before. Collective.
+
+    How the weights start: 1. this run's newest healthy checkpoint, 2. run.init, 3. random.
+    """
+    newest = checkpoints.newest()
+    engine = parts.engine(opened.config, world, fresh=newest is None)
+    if newest is None:
+        return engine, 0, 0
+    state = engine.state()
+    meta = checkpoints.load(newest, state)
+    refuse_other_data(meta, parts.train_set)
+    engine.load_state(state)
+    start, batch = meta["position"], parts.batches.total
+    if start % batch:
+        reason = f"the run stands at {start}, not a multiple of it"
+        raise ConfigError("run.global_batch", batch, reason, "keep the old one")
+    if world.main:
+        print(f"resumed   {newest.name}: {start:,} of {parts.spans.total:,} images done", flush=True)
+    return engine, start, meta.get("skipped", 0)
+
+
+def record(opened: Opened[Any], parts: Parts, world: World, engine: engines.Engine, start: int) -> None:
+    """Write what this start is into the run folder: config, the engine's files, a line of the receipt. Collective."""
+    config, folder = opened.config, opened.folder
+    ranks = places(world)
+    if world.main:
+        if not opened.resumed:
+            (folder / "config.yaml").write_text(to_yaml(config))
+        for name, text in engine.files.items():
+            (folder / name).write_text(text)
+        fingerprint = parts.train_set.fingerprint
+        write_receipt(folder, config=config, world=world, fingerprint=fingerprint, start=start, ranks=ranks)
+        if start >= parts.spans.total:
+            print("complete  nothing is left to do; evaluate it, or use it as run.init of another run", flush=True)
+    world.barrier()
 
 
 def refuse_other_data(meta: dict[str, Any], train_set: ImageSet) -> None:

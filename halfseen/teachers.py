@@ -1,6 +1,8 @@
 """A frozen network that a student learns from: any timm model, or the trunk and head of an own run."""
 
 import hashlib
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,9 +17,9 @@ from torch.nn import functional as F
 
 from halfseen.checkpoint import read_weights
 from halfseen.classification import Classifier, Task
-from halfseen.config import ConfigError, Model, at_least
-from halfseen.models import ViT
-from halfseen.models.swin import Swin, SwinConfig
+from halfseen.config import ConfigError, at_least
+from halfseen.models import trunks
+from halfseen.models.vit import Trace
 
 Section = TypeVar("Section")
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and deviation per channel, of values in [0, 1]
@@ -36,7 +38,7 @@ class TeacherConfig:
     image_size: int = 0  # pixels the teacher sees: the student's view, resized; 0: as the student sees it
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # autocast type of its forward
     channels_last: bool = False  # memory format of images and weights; for convolutional teachers on GPUs
-    compile: bool = False  # torch.compile the whole teacher; not where layers of it are recorded
+    compile: bool = False  # torch.compile its trunk; not where layers of it are recorded
     micro_batch: int = 0  # most images in one pass of the teacher; 0: the student's micro-batch
 
     def check(self, key: str) -> None:
@@ -93,7 +95,7 @@ class Teacher:
         self.classes = int(getattr(module, "classes", getattr(module, "num_classes", 0)))
         self.scale, self.shift = renormalisation(student, source.statistics, device)
         if cfg.compile:
-            self.module.compile()
+            compile_trunk(self.module)
 
     def __str__(self) -> str:
         count = sum(p.numel() for p in self.module.parameters())
@@ -103,12 +105,8 @@ class Teacher:
         )
 
     def digest(self) -> str:
-        """Identity of the weights: SHA-256 over every name and value."""
-        found = hashlib.sha256()
-        for name, value in sorted(self.module.state_dict().items()):
-            found.update(name.encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        """Identity of the weights; see digest_of."""
+        return digest_of(self.module)
 
     def check(self, classes: int | None = None, layers: Layers | None = None) -> None:
         """Raise ConfigError unless the teacher knows so many classes (None: no matter) and has these layers."""
@@ -167,6 +165,15 @@ class Teacher:
         return Seen(seen.logits, features, seen.qkv, seen.hidden, prefix)
 
 
+def digest_of(module: nn.Module) -> str:
+    """Identity of a network's weights: SHA-256 over every name and value."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def renormalisation(here: Statistics, there: Statistics, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and shift [3, 1, 1] that take an image normalised by ``here`` to one normalised by ``there``."""
     mean, spread, mean_there, spread_there = (
@@ -189,9 +196,20 @@ def join(parts: list[Seen]) -> Seen:
 # ------------------------------------------------------------------------------------------------- answers
 
 
+def compile_trunk(module: Any) -> None:
+    """Compile what an answer without recorded layers calls; a module's own call would not be it."""
+    if hasattr(module, "encoder"):
+        module.encoder.compile()
+    else:
+        module.forward_features = torch.compile(module.forward_features)
+
+
 def own_answer(module: Any, image: Tensor, layers: Layers) -> Seen:
     """What an own network says, prefix tokens included: a Classifier, or a bare trunk as ``encoder``."""
-    trace = module.encoder.trace(image, layers=layers.hidden, qkv=layers.qkv)
+    if layers.qkv or layers.hidden:
+        trace = module.encoder.trace(image, layers=layers.hidden, qkv=layers.qkv)
+    else:
+        trace = Trace(module.encoder(image))
     logits = module.scores(trace.tokens).float() if isinstance(module, Classifier) else None
     # Where a classifier's norm comes after its mean, it is the tokens' norm too.
     tokens = module.fc_norm(trace.tokens) if isinstance(module, Classifier) else trace.tokens
@@ -263,6 +281,8 @@ def from_timm(cfg: TeacherConfig, image_size: int, key: str) -> Source:
 
     name = cfg.source.removeprefix(TIMM)
     pretrained = cfg.weights == "pretrained"
+    if pretrained:
+        refuse_out_of_reach(name, f"{key}.source", f"{key}.weights")
     head: dict[str, Any] = {"num_classes": cfg.classes} if cfg.classes else {}
     try:
         try:
@@ -285,6 +305,31 @@ def from_timm(cfg: TeacherConfig, image_size: int, key: str) -> Source:
     return Source(model, cfg.source, statistics, image_size, f"{facts.get('license') or 'not stated'} (timm)")
 
 
+def refuse_out_of_reach(name: str, key: str, weights_key: str) -> None:
+    """Raise ConfigError at once if a model's weights lie on a hub that does not answer, and not in its cache here.
+
+    timm would try for most of a minute before it gives up, on every rank.
+    """
+    import timm
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    facts = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if facts is None or not facts.hf_hub_id or constants.HF_HUB_OFFLINE:
+        return
+    repository = repo_folder_name(repo_id=facts.hf_hub_id.partition("@")[0], repo_type="model")
+    if any(Path(constants.HF_HUB_CACHE, repository, "snapshots").glob("*/*")):
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except OSError as error:  # refused, unknown host, too late; or an answer that is an error
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            return
+        reason = f"its weights are not in {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does not answer: {error}"
+        fix = f"give {weights_key}=FILE, or fill that cache where there is a network"
+        raise ConfigError(key, f"{TIMM}{name}", reason, fix) from error
+
+
 def from_run(cfg: TeacherConfig, image_size: int, key: str) -> Source:
     """The trunk, and the head where there is one, of a run of any stage."""
     path = Path(cfg.source)
@@ -303,11 +348,7 @@ def from_run(cfg: TeacherConfig, image_size: int, key: str) -> Source:
             f"set {key}.image_size to that: the view is then resized for the teacher",
         )
     weights = read_weights(path, cfg.part)
-    encoder: Any
-    if plain.get("trunk") == "swin":
-        encoder = Swin(section(SwinConfig, plain["swin"]), image_size)
-    else:
-        encoder = ViT(section(Model, plain["model"]), image_size)
+    encoder = trunks.build(trunks.section_in(plain), image_size)
     module: nn.Module
     if "task" in plain and "head.weight" in weights:  # a head without a task predicts targets, not classes
         module = Classifier(encoder, section(Task, plain["task"]), len(weights["head.weight"]))

@@ -13,6 +13,8 @@ from halfseen.config import ConfigError
 from halfseen.models.positions import resize
 from halfseen.models.relative import PREFIX_ROWS, relative_rows, resize_relative
 
+Grid = tuple[int, int]  # patches down and across
+
 
 @dataclass
 class Report:
@@ -42,37 +44,46 @@ def _brief(names: list[str] | dict[str, str]) -> str:
     for name in names:
         module = ".".join(name.split(".")[:2])
         modules[module] = modules.get(module, 0) + 1
-    return ", ".join(f"{module} x{count}" if count > 1 else module for module, count in modules.items())
+    listed = [f"{module} x{count}" if count > 1 else module for module, count in modules.items()]
+    return ", ".join(listed[:12]) + (f" and {len(listed) - 12} more" if len(listed) > 12 else "")
 
 
 @torch.no_grad()
-def initialise(student: nn.Module, weights: Mapping[str, Tensor], *, coverage: float) -> Report:
+def initialise(
+    student: nn.Module, weights: Mapping[str, Tensor], *, coverage: float, grid: Grid | None = None
+) -> Report:
     """Copy weights into the student in place, by name; call it before an engine takes the student.
 
     weights: in our names, or MAE's, DeiT's or timm's. A position table of another grid is resampled; one
     with or without a row for the class token is made to fit without changing what the trunk computes.
     coverage: least share of the trunk's elements (``encoder.*``) that must be filled; below it ConfigError is
     raised and the student is untouched. Above 0 the given trunk's blocks and stem must all find a place, too.
+    grid: patches down and across of the given tables; None: the student's if that fits, else a square.
     """
     layout = layouts.detect(weights)
+    trunk: Any = student.encoder
+    if layout.name != "halfseen":  # timm's hierarchical models are all called alike, so the student says
+        layout = layouts.LAYOUTS.get(getattr(trunk, "layout", ""), layout)
     given = layout.take(weights)
     own = student.state_dict()
     report = Report(layout.name)
-    report.resized |= fit_class_row(student.encoder, given)
+    report.resized |= fit_class_row(trunk, given, grid)
     report.resized |= unshare_relative(own, given)
+    moves = grid is not None and grid != trunk.grid  # also where the tables happen to be equally long
     filled: dict[str, Tensor] = {}
     for name, value in own.items():
+        table = name.endswith(("pos_embed", RELATIVE)) and value.ndim < 4  # NesT's positions are of blocks of a grid
         if name not in given:
             report.new[name] = "not given"
-        elif given[name].shape == value.shape:
+        elif given[name].shape == value.shape and not (table and moves):
             filled[name] = given[name]
             if name not in report.resized:
                 report.loaded.append(name)
-        elif name.endswith("pos_embed") and given[name].shape[-1] == value.shape[-1]:
-            filled[name], how = move_table(student.encoder, name, given[name], value.shape[1])
+        elif table and name.endswith("pos_embed") and given[name].shape[-1] == value.shape[-1]:
+            filled[name], how = move_table(trunk, name, given[name], value.shape[1], grid)
             report.resized[name] = ", ".join(filter(None, (report.resized.get(name), how)))
         elif name.endswith(RELATIVE) and given[name].shape[-1] == value.shape[-1]:
-            filled[name], how = move_relative(student.encoder, name, given[name], len(value))
+            filled[name], how = move_relative(trunk, name, given[name], len(value), grid)
             report.resized[name] = ", ".join(filter(None, (report.resized.get(name), how)))
         else:
             report.new[name] = f"given as {tuple(given[name].shape)}, needed as {tuple(value.shape)}"
@@ -80,8 +91,8 @@ def initialise(student: nn.Module, weights: Mapping[str, Tensor], *, coverage: f
     refuse_not_finite(filled)
     if coverage > 0:
         refuse_left_over(report.unused)
-    trunk = {name: value.numel() for name, value in own.items() if name.startswith("encoder.")}
-    report.covered = sum(count for name, count in trunk.items() if name in filled) / sum(trunk.values())
+    counts = {name: value.numel() for name, value in own.items() if name.startswith("encoder.")}
+    report.covered = sum(count for name, count in counts.items() if name in filled) / sum(counts.values())
     if report.covered < coverage:
         raise ConfigError(
             "run.init_coverage",
@@ -98,11 +109,10 @@ def refuse_left_over(unused: list[str]) -> None:
     """Raise ConfigError if blocks or stem weights were given that the student lacks: it is another, smaller model."""
     left = [name for name in unused if name.startswith(("encoder.blocks.", "encoder.patch_embed."))]
     if left:
-        more = f" and {len(left) - 6} more" if len(left) > 6 else ""
         raise ConfigError(
             "run.init",
-            ", ".join(left[:6]) + more,
-            "the student has no place for these weights of the trunk",
+            left[0] if len(left) == 1 else f"{left[0]} and {len(left) - 1} more",
+            f"the student has no place for these weights of the trunk ({_brief(left)})",
             "use the same model options as the run that made them, or run.init_coverage=0 if this is meant",
         )
 
@@ -114,7 +124,7 @@ def refuse_not_finite(weights: Mapping[str, Tensor]) -> None:
             raise ConfigError("run.init", name, "holds NaN or infinity", "use an earlier checkpoint")
 
 
-def fit_class_row(trunk: Any, given: dict[str, Tensor]) -> dict[str, str]:
+def fit_class_row(trunk: Any, given: dict[str, Tensor], grid: Grid | None = None) -> dict[str, str]:
     """Give the trunk's table the zero class row it needs, or fold one without a place into the class token.
 
     The row of a distillation token goes with that token. All leave the trunk's function as it is: a row is only ever
@@ -123,7 +133,7 @@ def fit_class_row(trunk: Any, given: dict[str, Tensor]) -> dict[str, str]:
     name, token = "encoder.pos_embed", "encoder.cls_token"
     if name not in given or trunk.pos_embed is None or trunk.cls_token is None:
         return {}
-    rows = rows_before_grid(given[name], trunk.position_rows, trunk.grid)
+    rows = rows_before_grid(given[name], trunk.position_rows, trunk.grid, grid)
     if rows == 2 and trunk.position_rows == 1:  # DeiT's distilled models, without their second token
         given[name] = torch.cat([given[name][:, :1], given[name][:, 2:]], dim=1)
         return {name: "distillation row left out"}
@@ -157,23 +167,22 @@ def unshare_relative(own: Mapping[str, Tensor], given: dict[str, Tensor]) -> dic
     return dict.fromkeys(tables, "copied from the table of all blocks")
 
 
-def move_relative(trunk: Any, name: str, table: Tensor, needed: int) -> tuple[Tensor, str]:
+def move_relative(trunk: Any, name: str, table: Tensor, needed: int, grid: Grid | None = None) -> tuple[Tensor, str]:
     """A relative position table resampled to the trunk's grid or window, and how. needed: rows of the student's own.
 
-    The given table is taken to be of a square grid. Rows about prefix tokens are copied; where the student has such
-    tokens and the given model had none they are zero, as at the start of training.
+    grid: that of the given table, else it is taken to be a square. Rows about prefix tokens are copied; where the
+    student has such tokens and the given model had none they are zero, as at the start of training.
     """
-    old, given_prefix = relative_grid(name, len(table), None)
+    old, given_prefix = relative_grid(name, len(table), grid)
     new, prefix = relative_grid(name, needed, getattr(trunk, "grid", None))
     moved = resize_relative(table, old, new)
     rows = relative_rows(new, 0)
     if prefix and not given_prefix:
         moved = torch.cat([moved, moved.new_zeros(PREFIX_ROWS, moved.shape[1])])
-    how = f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}"
-    return (moved if prefix else moved[:rows]), how
+    return (moved if prefix else moved[:rows]), moved_how(old, new)
 
 
-def relative_grid(name: str, rows: int, expected: tuple[int, int] | None) -> tuple[tuple[int, int], bool]:
+def relative_grid(name: str, rows: int, expected: Grid | None) -> tuple[Grid, bool]:
     """The grid of a relative table of so many rows, and whether it has rows about prefix tokens.
 
     The number of offsets of a grid is odd, so an even number of rows has the three. The grid is ``expected`` if that
@@ -185,39 +194,37 @@ def relative_grid(name: str, rows: int, expected: tuple[int, int] | None) -> tup
         return expected, prefix
     side = (math.isqrt(max(offsets, 0)) + 1) // 2
     if side < 1 or relative_rows((side, side), 0) != offsets:
-        raise ConfigError(
-            "run.init",
-            name,
-            f"a relative position table of {rows} rows is no square grid, so it cannot be moved to another",
-            "pretrain and fine-tune on the same grid, or start from square images",
-        )
+        raise no_square(name, f"a relative position table of {rows} rows")
     return (side, side), prefix
 
 
-def rows_before_grid(table: Tensor, expected: int, grid: tuple[int, int] | None = None) -> int:
+def rows_before_grid(table: Tensor, expected: int, own: Grid | None = None, stated: Grid | None = None) -> int:
     """How many rows of a table [1, rows, D] stand before its grid.
 
-    That is ``expected`` if the rest is the given grid or any square, else 0, 1 or 2 if that leaves a square.
+    With a stated grid that is what it leaves. Else ``expected`` if the rest is the student's own grid or any square,
+    else 0, 1 or 2 if that leaves a square.
     """
     rows = table.shape[1]
-    if grid is not None and rows - expected == math.prod(grid):
+    if stated is not None:
+        left = rows - math.prod(stated)
+        if left in (0, 1, 2):
+            return left
+        reason = f"a position table of {rows} rows is no grid of {stated[0]}x{stated[1]} with one row per named token"
+        raise ConfigError("run.init_grid", list(stated), reason, "count the patches down and across")
+    if own is not None and rows - expected == math.prod(own):
         return expected
     for prefix in (expected, 0, 1, 2):
         if math.isqrt(max(rows - prefix, 0)) ** 2 == rows - prefix > 0:
             return prefix
-    raise ConfigError(
-        "run.init",
-        tuple(table.shape),
-        f"a position table of {rows} rows is no square grid, so it cannot be moved to another",
-        "pretrain and fine-tune on the same grid, or start from square images",
-    )
+    raise no_square(tuple(table.shape), f"a position table of {rows} rows")
 
 
-def move_table(trunk: Any, name: str, table: Tensor, needed: int) -> tuple[Tensor, str]:
-    """A position table resampled to the trunk's grid, and how. needed: rows of the student's own table."""
-    height, width = trunk.grid
-    prefix = needed - height * width
-    found = rows_before_grid(table, prefix)
+def move_table(trunk: Any, name: str, table: Tensor, needed: int, grid: Grid | None = None) -> tuple[Tensor, str]:
+    """A position table resampled to the trunk's grid, and how. needed: rows of the student's own table; grid: of the
+    given one, else it is taken to be a square."""
+    new: Grid = trunk.grid
+    prefix = needed - math.prod(new)
+    found = rows_before_grid(table, prefix, stated=grid)
     side = math.isqrt(table.shape[1] - found)
     if prefix != found:
         raise ConfigError(
@@ -226,4 +233,16 @@ def move_table(trunk: Any, name: str, table: Tensor, needed: int) -> tuple[Tenso
             f"has {found} rows before its grid, the student's has {prefix}",
             "use a model with the same prefix tokens",
         )
-    return resize(table, (side, side), (height, width), prefix), f"{side}x{side} -> {height}x{width}"
+    old = grid or (side, side)
+    return resize(table, old, new, prefix), moved_how(old, new)
+
+
+def moved_how(old: Grid, new: Grid) -> str:
+    """For the report."""
+    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+
+
+def no_square(value: object, what: str) -> ConfigError:
+    """What a table of an unknown grid is refused with."""
+    reason = f"{what} is no square grid, so it cannot be moved to another"
+    return ConfigError("run.init", value, reason, "state its grid, e.g. run.init_grid=[14,28]: patches down and across")

@@ -76,15 +76,15 @@ def meaning(code: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Decide, act, record; returns the batch script's exit code."""
-    code, folder = int(argv[0]), argv[1]
-    if len(argv) > 2:  # a sweep: the batch script is that of all members
-        from . import sweep
+    from . import sweep
 
+    code, folder = int(argv[0]), argv[1]
+    if len(argv) > 2:  # a job array: the batch script is that of all members
         folder = sweep.member(folder, argv[2], os.environ["SLURM_ARRAY_TASK_ID"])
-    attempt, number = records.attempt(), os.environ["SLURM_JOB_ID"]
-    job = records.job_of(attempt)
-    state = slurm.fate(number, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-    position, told = records.newest(folder), records.story(folder)
+    attempt = records.attempt()
+    job = records.job_of(attempt)  # not SLURM_JOB_ID, which for the last member of an array names all of them
+    state = slurm.fate(job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    position, told = records.reached(folder), records.story(folder)
     budget, requeue = limits(folder)
     first, why = records.why(folder, attempt)
     code = first if code and first is not None else code
@@ -102,12 +102,11 @@ def main(argv: Sequence[str]) -> int:
         values = {"position": position, "code": code, "verdict": verdict.word, "reason": verdict.reason}
         records.add(folder, "ended", attempt=attempt, **values)
         print(f"halfseen: {verdict.word} at {position:,} images: {verdict.reason}", flush=True)
-        if len(argv) > 2:
-            sweep.write_table(Path(argv[1]))
+        sweep.tell(Path(folder))
 
     if verdict.word == "requeue":
         tell(verdict)
-        refused = slurm.requeue(number)  # this ends the script too: nothing may have to follow
+        refused = slurm.requeue(job)  # this ends the script too: nothing may have to follow
         if not refused:
             return code
         verdict = Verdict("resubmit", f"{verdict.reason}; requeue refused: {refused}")
@@ -129,7 +128,7 @@ def resubmitted(verdict: Verdict, folder: str, job: str) -> Verdict:
 
 def limits(folder: str) -> tuple[int, str]:
     """Budget of fruitless starts, and how to start again, from launch.yaml."""
-    from halfseen.config import load
+    from halfseen.recipes import load
 
     from .config import Launch
 

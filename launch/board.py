@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,13 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory("-halfseen-board") as folder:
         link(names, Path(folder))
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, *rest]
-        try:
-            return subprocess.run(command, check=False).returncode
-        except KeyboardInterrupt:
-            return 0
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing stays behind
+        with subprocess.Popen(command) as process:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                return 0
 
 
 def runs_of(folders: Sequence[Path]) -> dict[str, Path]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from halfseen.config import ConfigError, find_recipe, load
+from halfseen.config import ConfigError
+from halfseen.recipes import find_recipe, stage_of
 
 from . import command, jobs, records, status
 from .config import Launch
@@ -33,8 +34,11 @@ class Link:
     after: tuple[str, ...]  # names of the stages it waits for
 
 
-def read(file: Path, overrides: Sequence[str] = ()) -> list[Link]:
-    """A chain from its file; ConfigError for what does not fit. overrides: of every stage's resources."""
+def read(file: Path, overrides: Sequence[str] = (), resources: str | None = None) -> list[Link]:
+    """A chain from its file; ConfigError for what does not fit.
+
+    overrides: of every stage's resources. resources: a file of them to use instead of the chain's.
+    """
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -43,10 +47,19 @@ def read(file: Path, overrides: Sequence[str] = ()) -> list[Link]:
         raise ConfigError("chain", str(file), "has no stages", "see configs/launch/chain.yaml")
     refuse_unknown("chain", content, KEYS)
     folder = Path(content.get("folder") or f"runs/{file.stem}").absolute()
+    resources = resources or content.get("launch") or command.DEFAULT
     links: list[Link] = []
     for name, entry in content["stages"].items():
-        links.append(link(str(name), entry, folder, content.get("launch") or "launch/slurm", overrides, links))
+        links.append(link(str(name), entry, folder, resources, overrides, links))
     return links
+
+
+def chain_file(name: str) -> Path:
+    """A chain's file: a path, or a bundled name."""
+    try:
+        return find_recipe(name)
+    except ConfigError as refused:
+        raise ConfigError("chain", name, "there is no such file", "write one like `launch/chain`") from refused
 
 
 def refuse_unknown(key: str, entry: Any, known: set[str]) -> None:
@@ -83,15 +96,18 @@ def link(name: str, entry: Any, base: Path, resources: str, overrides: Sequence[
         resolve(str(entry.get("recipe") or entry["run"])),
         *(resolve(str(item)) for item in entry.get("set") or []),
     ]
-    if stage != "evaluate":
+    if stage in command.TRAINING:
         arguments.append(f"run.folder={base / name}")
+    elif stage == "teach":
+        section, _ = command.ASKED.get(stage_of(find_recipe(arguments[0])), command.ASKED["distill"])
+        arguments.append(f"{section}.folder={base / name}")
     for waited in entry.get("after") or []:
         resolve(f"${{{waited}}}")
     mine = entry.get("launch") or {}
     if not isinstance(mine, dict):
         raise ConfigError(f"{key}.launch", mine, "is no mapping of options", "e.g. {nodes: 2, minutes: 60}")
     chosen = [f"{option}={command.text(value)}" for option, value in mine.items()]
-    launch = load(Launch, find_recipe(resources), [*chosen, *overrides])
+    launch = command.read_resources("launch", resources, [*chosen, *overrides])
     return Link(name, stage, tuple(arguments), base / name, launch, tuple(dict.fromkeys(needed)))
 
 
@@ -99,12 +115,18 @@ def launch(given: Namespace) -> int:
     """Queue every stage that is neither complete nor queued; returns the exit code."""
     if not given.arguments:
         raise ConfigError("chain", "", "no file was named", "halfseen launch chain FILE")
+    odd = [text for text in given.arguments[1:] if not text.startswith("launch.")]
+    if odd:
+        reason = "a stage's options stand in the chain's file"
+        raise ConfigError("chain", odd[0], reason, "write it into that stage's `set:`, or give launch.option=value")
     overrides = [text.removeprefix("launch.") for text in given.arguments[1:]]
-    links = read(find_recipe(given.arguments[0]), overrides)
+    links = read(chain_file(given.arguments[0]), overrides, given.launch)
     numbers: dict[str, str] = {}  # of the stages that are queued or running
     prepared: dict[str, command.Prepared] = {}
     for one in links:  # everything is checked before anything is queued
         told = records.story(one.folder)
+        if told.complete or jobs.active(one.folder)[0]:
+            command.refuse_changed(one.stage, one.arguments)
         if told.complete:
             print(f"{one.name:<12} complete")
             continue
@@ -117,7 +139,8 @@ def launch(given: Namespace) -> int:
             print(f"{one.name:<12} again; before: {status.look(one.folder).reason or 'gone without a word'}")
         for needed in one.after:
             next(other.folder for other in links if other.name == needed).mkdir(parents=True, exist_ok=True)
-        prepared[one.name] = command.prepare(one.stage, one.arguments, one.launch, one.folder)
+        above = [other.folder for other in links[: links.index(one)] if not records.story(other.folder).complete]
+        prepared[one.name] = command.prepare(one.stage, one.arguments, one.launch, one.folder, above)
     for one in links:
         if one.name not in prepared:
             continue

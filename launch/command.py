@@ -5,13 +5,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from halfseen.cli import COMMANDS
-from halfseen.config import ConfigError, find_recipe, load, to_yaml
+import yaml
+
+from halfseen.config import ConfigError
+from halfseen.recipes import find_recipe, load, read_layers, recipes, stated, to_yaml
 
 from . import jobs, preflight, records, slurm, snapshot, status, submit
 from .config import Launch
@@ -19,19 +22,31 @@ from .task import Task, module_of
 
 USAGE = """\
 halfseen launch STAGE RECIPE_OR_RUN [section.option=value ...] [launch.option=value ...] [--launch FILE]
-halfseen launch evaluate RUN [section.option=value ...]
+halfseen launch teach RECIPE store.folder=FOLDER        a teacher's answers, for distillation runs
+halfseen launch evaluate RUN [--batch N ...]
 halfseen launch nodes [launch.option=value ...]         a job of a minute: what the nodes really have
 halfseen launch chain FILE                              stages that wait for each other; again: what is missing
 
 options of the cluster: halfseen recipes --fields launch"""
 
+DEFAULT = "launch/slurm"
+
+# Stages with a config and a run folder; what to resume is found there.
+TRAINING = ("pretrain", "distill", "finetune", "segment")
+
+# Whose answers `halfseen teach` keeps: stage of the recipe -> section of the store, option of the network.
+ASKED = {
+    "distill": ("store", "teacher.source"),
+    "pretrain": ("target.codes.store", "target.codes.tokenizer"),
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """Check, then queue; returns the exit code."""
     parser = argparse.ArgumentParser(prog="halfseen launch", usage=USAGE)
-    parser.add_argument("stage", help="pretrain, finetune, ..., evaluate, nodes or chain")
+    parser.add_argument("stage", help="pretrain, distill, finetune, segment, teach, evaluate, nodes or chain")
     parser.add_argument("arguments", nargs="*", help="as for that stage; launch.option=value changes --launch")
-    parser.add_argument("--launch", default="launch/slurm", help="resources: a file or bundled name (launch/slurm)")
+    parser.add_argument("--launch", help="resources: a file or bundled name (launch/slurm; of a chain: as it says)")
     parser.add_argument("--sweep", type=Path, help="YAML grid or list of overrides: one job array, one run each")
     parser.add_argument("--after", nargs="+", default=[], metavar="JOB", help="wait until these jobs have succeeded")
     parser.add_argument(
@@ -43,11 +58,12 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(argv)
     if given.no_snapshot:
         given.arguments.append("launch.snapshot=false")
+    refuse_together(given)
     if given.stage == "chain":
         from . import chain
 
         return chain.launch(given)
-    launch, arguments = resources(given.launch, given.arguments)
+    launch, arguments = resources(given.launch or DEFAULT, given.arguments)
     if given.after and launch.cluster == "slurm":
         slurm.refuse_dead(given.after)
     if given.sweep:
@@ -62,11 +78,49 @@ def main(argv: Sequence[str]) -> int:
     return wait(prepared.task.folder) if given.wait or launch.cluster == "debug" else tell(prepared.task, job)
 
 
+def refuse_together(given: argparse.Namespace) -> None:
+    """Raise ConfigError for options that one kind of launch would leave unheard."""
+    if given.print_sbatch and (given.sweep or given.stage == "chain"):
+        reason = "a plain script is one job; a sweep is a job array, a chain several jobs"
+        raise ConfigError("--print-sbatch", given.stage, reason, "print the script of each run alone, or use --dry-run")
+    for name in ("sweep", "after"):
+        if given.stage == "chain" and getattr(given, name):
+            reason = "a chain's file says what its stages are and wait for"
+            raise ConfigError(f"--{name}", getattr(given, name), reason, "leave it out, or write it into the chain")
+
+
 def resources(file: str, arguments: Sequence[str]) -> tuple[Launch, list[str]]:
     """The launch config, and the arguments that are the stage's own."""
     mine = [text.removeprefix("launch.") for text in arguments if text.startswith("launch.") and "=" in text]
-    launch = load(Launch, find_recipe(file), mine)
+    launch = read_resources("--launch", file, mine)
     return launch, [text for text in arguments if not (text.startswith("launch.") and "=" in text)]
+
+
+def read_resources(key: str, name: str, overrides: Sequence[str]) -> Launch:
+    """A launch config from its file and ``option=value``; a refused option is named as the command line has it."""
+    path = resource_file(key, name)
+    try:
+        return load(Launch, path, overrides)
+    except ConfigError as refused:
+        if refused.key in ("recipe", "base"):
+            raise
+        raise ConfigError(f"launch.{refused.key}", refused.value, refused.reason, refused.fix) from refused
+
+
+def resource_file(key: str, name: str) -> Path:
+    """The file that --launch, or a chain's ``launch:``, names; ConfigError under that key if it holds no resources."""
+    known = [recipe for recipe, _ in recipes() if recipe.startswith("launch/") and not recipe.endswith("chain")]
+    fix = f"name a file of yours, or one of {', '.join(known)}"
+    try:
+        path = find_recipe(name)
+    except ConfigError as refused:
+        raise ConfigError(key, name, "there is no such file, and no bundled resources of that name", fix) from refused
+    options = {option for layer in read_layers(path) for option in layer}
+    if "stages" in options:
+        raise ConfigError(key, name, "is a chain of stages, no resources", f"`halfseen launch chain {name}`, or {fix}")
+    if options & {"data", "model", "run", "stage"}:
+        raise ConfigError(key, name, "is the recipe of a stage, no resources", fix)
+    return path
 
 
 def text(value: Any) -> str:
@@ -82,54 +136,109 @@ class Prepared:
     lines: list[str]
 
 
-def prepare(stage: str, arguments: Sequence[str], launch: Launch, folder: Path | None = None) -> Prepared:
+def prepare(
+    stage: str, arguments: Sequence[str], launch: Launch, folder: Path | None = None, pending: Sequence[Path] = ()
+) -> Prepared:
     """Check a stage's arguments against its resources; ConfigError for the first thing that cannot work.
 
-    folder: where the records of a stage without a run folder go.
+    folder: where the records of a stage without a run folder go. pending: folders that stages before it are to fill.
     """
     if launch.cluster == "slurm":
         slurm.refuse_absent()
     preflight.check_python(launch)
-    known = [name for name, (module, _) in COMMANDS.items() if module.endswith(".train")]
-    if stage in known:
-        prepared = prepare_run(stage, arguments, launch)
-    elif stage in ("evaluate", "nodes"):
-        prepared = prepare_plain(stage, arguments, launch, folder)
+    if stage in TRAINING:
+        prepared = prepare_run(stage, arguments, launch, pending)
+    elif stage == "teach":
+        prepared = prepare_teach(arguments, launch, pending)
+    elif stage == "evaluate":
+        prepared = prepare_evaluate(arguments, launch, folder, pending)
+    elif stage == "nodes":
+        folder = (folder or Path("runs") / "nodes").absolute()
+        preflight.check_folder(folder, launch)
+        prepared = Prepared(Task(stage, str(folder), arguments=(str(folder),)), [f"records   {folder}"])
     else:
-        fix = f"use one of {', '.join([*known, 'evaluate', 'nodes', 'chain'])}"
+        fix = f"use one of {', '.join([*TRAINING, 'teach', 'evaluate', 'nodes', 'chain'])}"
         raise ConfigError("stage", stage, "is nothing that can be launched", fix)
     jobs.refuse_active(prepared.task.folder)
     note = preflight.disk_note(Path(prepared.task.folder)) if launch.cluster == "slurm" else []
     return replace(prepared, lines=[*prepared.lines, *resource_lines(launch), *note])
 
 
-def prepare_run(stage: str, arguments: Sequence[str], launch: Launch) -> Prepared:
+def refuse_changed(stage: str, arguments: Sequence[str]) -> None:
+    """Raise ConfigError if the run that these arguments name was made with others that shape its curve.
+
+    For what is not launched again because it is complete or queued: its numbers would get a wrong name.
+    """
+    if stage in TRAINING:
+        from halfseen.stage import open_run
+
+        open_run(module_of(stage).SCHEMA, arguments)
+
+
+def prepare_run(stage: str, arguments: Sequence[str], launch: Launch, pending: Sequence[Path]) -> Prepared:
     """A training stage: its whole config travels as text."""
     from halfseen.stage import open_run
 
     module = module_of(stage)
     opened = open_run(module.SCHEMA, arguments)
-    facts = preflight.check_run(stage, opened, launch, module)
+    facts = preflight.check_run(opened, launch, module, pending)
     folder = opened.folder.absolute()
-    opened.config.run.folder = str(folder)
-    return Prepared(Task(stage, str(folder), to_yaml(opened.config), total=facts.total), facts.lines)
+    text = config_text(module.SCHEMA, arguments) | {"stage": stage, "run.folder": str(folder)}
+    return Prepared(Task(stage, str(folder), nested_yaml(text), total=facts.total), facts.lines)
 
 
-def prepare_plain(stage: str, arguments: Sequence[str], launch: Launch, folder: Path | None) -> Prepared:
-    """Evaluation, or the nodes' report: a command with its arguments, made independent of the current folder."""
-    if stage == "evaluate":
-        if not arguments:
-            raise ConfigError("run", "", "no run was named", "halfseen launch evaluate RUN")
-        run = Path(arguments[0]).absolute()
-        folder = (folder or run / "evaluation").absolute()
-        arguments = [str(run), *arguments[1:]]
-        if "--json" not in arguments:
-            arguments += ["--json", str(folder / "result.json")]
-    else:
-        folder = (folder or Path("runs") / "nodes").absolute()
-        arguments = [str(folder)]
+def config_text(schema: type[Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Dotted key -> value of what the arguments of a stage state.
+
+    No defaults: a run takes what nobody states from the weights it starts from, and they may not exist yet.
+    """
+    source, *overrides = arguments
+    file = Path(source) / "config.yaml" if Path(source).is_dir() else find_recipe(source)
+    return dict(stated(schema, file, overrides))
+
+
+def nested_yaml(options: Mapping[str, Any]) -> str:
+    """YAML sections of dotted keys."""
+    nested: dict[str, Any] = {}
+    for key, value in options.items():
+        *sections, name = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return yaml.safe_dump(nested, sort_keys=False)
+
+
+def prepare_teach(arguments: Sequence[str], launch: Launch, pending: Sequence[Path]) -> Prepared:
+    """A frozen network's answers: the config of the run that will read them, and records in the store's folder."""
+    if not arguments:
+        raise ConfigError("recipe", "", "no recipe was named", "halfseen launch teach RECIPE store.folder=FOLDER")
+    config = load(module_of("teach").schema_of(arguments[0]), find_recipe(arguments[0]), arguments[1:])
+    section, asked = ASKED[config.stage]
+    store = attrgetter(section)(config)
+    if not store.folder:
+        raise ConfigError(f"{section}.folder", "", "names no folder", f"e.g. {section}.folder=/shared/answers")
+    folder = Path(store.folder).absolute()
+    store.folder = str(folder)
+    lines = preflight.check_teach(config, asked, attrgetter(asked)(config), folder, launch, pending)
+    return Prepared(Task("teach", str(folder), to_yaml(config)), lines)
+
+
+def prepare_evaluate(
+    arguments: Sequence[str], launch: Launch, folder: Path | None, pending: Sequence[Path]
+) -> Prepared:
+    """Evaluation: a command with its arguments, made independent of the current folder."""
+    if not arguments:
+        raise ConfigError("run", "", "no run was named", "halfseen launch evaluate RUN")
+    run = Path(arguments[0]).absolute()
+    if run not in pending and not run.exists():
+        raise ConfigError("run", arguments[0], "there is no such run", "name a run of finetune or distill")
+    folder = (folder or run / "evaluation").absolute()
+    words = [str(run), *arguments[1:]]
+    if "--json" not in words:
+        words += ["--json", str(folder / "result.json")]
     preflight.check_folder(folder, launch)
-    return Prepared(Task(stage, str(folder), arguments=tuple(arguments)), [f"records   {folder}"])
+    return Prepared(Task("evaluate", str(folder), arguments=tuple(words)), [f"records   {folder}"])
 
 
 def resource_lines(launch: Launch) -> list[str]:

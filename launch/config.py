@@ -33,7 +33,7 @@ class Launch:
     tasks_per_node: int | None = None  # ranks on a node; None: one per GPU, or one
     cpus_per_task: int | None = None  # cores per rank, loader workers included; None: the partition's default
     memory_gib: float | None = None  # memory of a node; None: the partition's default
-    gpu_memory_gib: float | None = None  # memory of one GPU, to refuse early what cannot fit; None: not checked
+    gpu_memory_gib: float | None = None  # of one GPU; what cannot fit is refused, what may not is warned of; None: off
     minutes: int = 60  # time limit of one start; a longer run continues in the next one
     save_seconds: int = 120  # the job is asked to save so long before the time limit
     partition: str = ""  # empty: the cluster's default

@@ -5,11 +5,13 @@ import importlib.util
 import os
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from halfseen.config import Batches, ConfigError
+from halfseen.recipes import changes
 
 from . import records, slurm
 from .config import Launch
@@ -29,41 +31,90 @@ class Facts:
     total: int = 0  # images of the whole run
 
 
-def check_run(stage: str, opened: Any, launch: Launch, module: Any) -> Facts:
+def check_run(opened: Any, launch: Launch, module: Any, pending: Sequence[Path] = ()) -> Facts:
     """Check a training stage's config against its resources. Touches no GPU and starts nothing.
 
-    opened: from halfseen.stage.open_run. Raises ConfigError for the first thing that cannot work.
+    opened: from halfseen.stage.open_run. pending: folders that stages before this one are to fill; what can only be
+    made from them is not looked at. Raises ConfigError for the first thing that cannot work.
     """
     from halfseen.distributed import World
     from halfseen.engines import needs
 
     config, folder = opened.config, opened.folder
-    facts = Facts()
     check_packages(needs.package(config.engine), "submitit")
     check_folder(folder, launch)
     check_devices(config, launch)
     batches = [Batches.derive(config.run.global_batch, world, config.run.micro_batch) for world in launch.worlds]
-    parts = module.parts(config, World(world=launch.worlds[0]), folder)
-    readable = check_data(parts.train_set)
+    read = check_data(config, "train")
     if config.data.val and config.data.label != "none":
-        from halfseen import data
-
-        check_data(data.open_set(config.data, "val"))
-    facts.total = parts.spans.total
-    facts.lines += [f"run       {folder}", f"data      {parts.train_set.images:,} images per epoch; {readable}"]
-    facts.lines += [f"batch     {split}" for split in batches]
-    facts.lines += [f"length    {facts.total:,} images = {facts.total // batches[0].total:,} steps"]
-    facts.lines += check_size(parts.student, config, launch, folder)
+        check_data(config, "val")
+    awaited = awaits(config, pending)
+    if awaited:
+        return without_parts(config, folder, batches, read, awaited)
+    parts = module.parts(config, World(world=launch.worlds[0]), folder)
+    facts = describe(folder, parts.train_set.images, read, batches, parts.spans.total)
+    facts.lines += check_memory(parts, config, launch)
+    if launch.gpu_memory_gib:
+        images = max(split.micro for split in batches)
+        facts.lines += check_activations(parts, module, config, launch, folder, images)
+    facts.lines += check_disk(parts.student, config, folder)
+    if config.run.init and Path(config.run.init) in pending:
+        facts.lines += [
+            "note      options of the model that are not stated are taken from run.init when the job starts"
+        ]
     return facts
 
 
-def check_size(student: Any, config: Any, launch: Launch, folder: Path) -> list[str]:
-    """Parameters against the GPU's memory and the disk; the lines to show."""
-    from halfseen.engines import needs
+def awaits(config: Any, pending: Sequence[Path]) -> str:
+    """The option that names a folder which is still to be filled; empty if none does.
 
-    parameters = sum(weight.numel() for weight in student.parameters())
-    trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
-    needed = max(needs.memory(config.engine, parameters, trained, world) for world in launch.worlds)
+    run.init is none: weights are read when a run starts, and only their shapes decide about a student.
+    """
+    for key, value in changes(config).items():
+        named = isinstance(value, str) and any(Path(value).is_relative_to(folder) for folder in pending)
+        if named and key not in ("run.init", "run.folder"):
+            return f"{key}={value}"
+    return ""
+
+
+def without_parts(config: Any, folder: Path, batches: Sequence[Batches], read: str, awaited: str) -> Facts:
+    """What can be said of a stage that learns from one which has not run: all but its networks."""
+    from halfseen.stage import Spans
+
+    images = images_of(config, "train").images
+    facts = describe(folder, images, read, batches, Spans.derive(config, images, batches[0].total).total)
+    facts.lines += [f"note      {awaited} is made by a stage above: model and memory are checked when the job starts"]
+    return facts
+
+
+def describe(folder: Path, images: int, read: str, batches: Sequence[Batches], total: int) -> Facts:
+    """Data that can be read, batches and length, as lines to show."""
+    lines = [f"run       {folder}", f"data      {images:,} images per epoch; {read}"]
+    lines += [f"batch     {split}" for split in batches]
+    lines += [f"length    {total:,} images = {total // batches[0].total:,} steps"]
+    return Facts(lines, total)
+
+
+def check_teach(
+    config: Any, option: str, source: str, folder: Path, launch: Launch, pending: Sequence[Path]
+) -> list[str]:
+    """Check what a network's answers need: images, a place, and the network unless a stage above makes it.
+
+    option: the one that names the network; source: its value.
+    """
+    check_packages("submitit")
+    check_folder(folder, launch)
+    check_devices(config, launch)
+    if not source:
+        raise ConfigError(option, "", "names nothing that could be asked", "give it a run folder")
+    if not source.startswith("timm:") and Path(source) not in pending and not Path(source).exists():
+        raise ConfigError(option, source, "there is no such run or file", "check the path")
+    return [f"store     {folder}", f"asks      {source}", f"data      {check_data(config, 'train')}"]
+
+
+def check_memory(parts: Any, config: Any, launch: Launch) -> list[str]:
+    """Refuse weights, gradients and moments that no device can hold; the lines to show."""
+    parameters, trained, needed = needed_by(parts, config, launch)
     stated = launch.gpu_memory_gib
     if stated and needed > stated * 2**30:
         raise ConfigError(
@@ -72,6 +123,53 @@ def check_size(student: Any, config: Any, launch: Launch, folder: Path) -> list[
             f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB on each GPU",
             "shard them (engine.name, engine.zero_stage; `halfseen recipes` lists engine/...), or use more GPUs",
         )
+    more = "" if stated else "; launch.gpu_memory_gib=80 compares that and the activations with a GPU of 80 GiB"
+    return [
+        f"model     {parameters:,} parameters, {trained:,} of them train",
+        f"memory    {needed / 2**30:.3g} GiB a device for weights, gradients, moments{more}",
+    ]
+
+
+def needed_by(parts: Any, config: Any, launch: Launch) -> tuple[int, int, int]:
+    """Parameters, those that train, and bytes on a device before the first activation, at the worst number of ranks."""
+    from halfseen.engines import needs
+
+    from . import memory
+
+    weights = list(parts.student.parameters())
+    parameters, trained = sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
+    needed = max(needs.memory(config.engine, parameters, trained, world) for world in launch.worlds)
+    return parameters, trained, needed + memory.beside(parts.prepare, parts.student)
+
+
+def check_activations(parts: Any, module: Any, config: Any, launch: Launch, folder: Path, images: int) -> list[str]:
+    """Count what a step keeps of its images, and warn where that exceeds the stated memory; the lines to show.
+
+    A warning, not a refusal: torch.compile, buffers of an engine and the allocator are not in the count.
+    """
+    from . import memory
+
+    fixed = needed_by(parts, config, launch)[2] + memory.casts(parts.student, config.engine)
+    each = memory.count(module, config, folder).per_image(config.engine)
+    stated = (launch.gpu_memory_gib or 0) * 2**30
+    total = fixed + images * each
+    lines = [
+        f"          + {each / 2**20:.3g} MiB for each of {images:,} images at once: "
+        f"about {total / 2**30:.3g} of {stated / 2**30:g} GiB"
+    ]
+    if total > stated:
+        most = int((stated - fixed) / each)
+        fit = f"about run.micro_batch={most} fits" if most > 0 else "not one image fits"
+        lines += [f"warning   that is more than a GPU has: {fit}; or use engine.recompute=true, or a sharding engine"]
+    return lines
+
+
+def check_disk(student: Any, config: Any, folder: Path) -> list[str]:
+    """Refuse more checkpoints than the disk holds; the lines to show."""
+    from halfseen.engines import needs
+
+    parameters = sum(weight.numel() for weight in student.parameters())
+    trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
     size = needs.checkpoint(config.engine, parameters, trained)
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, wanted = shutil.disk_usage(place).free, size * (config.run.keep + 1)
@@ -84,12 +182,8 @@ def check_size(student: Any, config: Any, launch: Launch, folder: Path) -> list[
             f"{free / 2**30:.1f} GiB are free at {place}",
             "lower it, free space, or use another run.folder",
         )
-    of = f" of {stated:g} GiB" if stated else ""
-    return [
-        f"model     {parameters:,} parameters, {trained:,} of them train",
-        f"memory    {needed / 2**30:.3g} GiB{of} a device for weights, gradients, moments; activations come on top",
-        f"disk      {size / 2**30:.3g} GiB a checkpoint, {wanted / 2**30:.3g} at most; {free / 2**30:,.0f} are free",
-    ]
+    gib = [number / 2**30 for number in (size, wanted, free)]
+    return [f"disk      {gib[0]:.3g} GiB a checkpoint, {gib[1]:.3g} at most; {gib[2]:,.0f} are free"]
 
 
 def check_devices(config: Any, launch: Launch) -> None:
@@ -115,21 +209,39 @@ def check_devices(config: Any, launch: Launch) -> None:
             )
 
 
-def check_data(images: Any) -> str:
-    """Read one sample of some shards, spread over all of them; what was done, in words."""
-    from halfseen.data.reader import Reader
+def check_data(config: Any, part: str) -> str:
+    """Read one sample of some shards of the training or evaluation set, spread over all of them; what was found.
 
-    reader, read, shards = Reader(images), 0, 0
+    A bad sample or two are for the run to replace; where all that are looked at are bad, the set is refused.
+    """
+    from halfseen.data.reader import BadSample, Reader
+
+    reader, read, shards, bad = Reader(images_of(config, part)), 0, 0, ""
+    good = 0
     try:
-        for number, source in enumerate(images.sources):
+        for number, source in enumerate(reader.images.sources):
             filled = [shard for shard, count in enumerate(source.counts) if count]
             shards += len(filled)
             for shard in filled[:: max(1, len(filled) // SAMPLED)][:SAMPLED]:
-                reader.read(number, shard, 0)
                 read += 1
+                try:
+                    reader.read(number, shard, 0)
+                    good += 1
+                except BadSample as error:
+                    bad = bad or str(error)
     finally:
         reader.close()
-    return f"{shards} shards indexed, a sample of {read} read"
+    if bad and not good:
+        raise ConfigError(f"data.{part}", getattr(config.data, part), bad, "see `halfseen shards check`")
+    return f"{shards} shards indexed, a sample of {read} read" + (f", {read - good} bad: {bad}" if bad else "")
+
+
+def images_of(config: Any, part: str) -> Any:
+    """The training or evaluation set, with labels where the stage reads classes from them."""
+    from halfseen import data
+
+    classes = config.stage not in ("pretrain", "segment")
+    return data.open_set(config.data if classes else replace(config.data, label="none", classes=0), part)
 
 
 def check_folder(folder: Path, launch: Launch) -> None:

@@ -3,7 +3,7 @@
 RUN/launch/
     launch.yaml             the resources, as resolved
     task.json               the task: stage, arguments, code
-    config-1a2b3c4d.yaml    the stage's whole config, named by its content
+    config-1a2b3c4d.yaml    what the stage's recipe and overrides state, named by its content
     events.jsonl            queued, started, ended; one line each, only appended
     why-JOB.json            exit code and error of the rank that ended first, of a start that did not complete
     stop                    written by `halfseen stop`: save, and do not start again
@@ -33,6 +33,14 @@ def newest(folder: Path | str) -> int:
     """Position of the newest published checkpoint of a run, 0 if there is none."""
     names = Path(folder, "checkpoints").glob("img_*/manifest.json")
     return max((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name.parent.name))), default=0)
+
+
+def reached(folder: Path | str) -> int:
+    """Images that a start need not repeat: up to the newest checkpoint, or answered in a store of `halfseen teach`."""
+    store = Path(folder) / "store.json"
+    if not store.is_file():
+        return newest(folder)
+    return int(json.loads(store.read_text())["store.shard_images"]) * len(list(store.parent.glob("positions-*.tar")))
 
 
 def attempt() -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from halfseen.config import ConfigError
 
 PATIENCE = 60  # seconds a command of Slurm may take
+LOOKS, SETTLE = 5, 1.0  # how often, and after how many seconds each, dependencies are looked at again
 
 # Variables that belong to the job or the ranks around us. A job submitted with them would inherit its parent's
 # shape. The ones kept say where the cluster is.
@@ -34,6 +36,8 @@ FIXES = (
     ("time limit", "launch.minutes", "see the limits with `sinfo -o '%R %l'`"),
     ("node count", "launch.nodes", "see the limits with `scontrol show partition`"),
     ("memory specification", "launch.memory_gib", "ask for less; see `sinfo -o '%N %m'`"),
+    ("configuration source", "launch.cluster", "log in to the cluster's login node, or say where it is: SLURM_CONF"),
+    ("unable to contact", "launch.cluster", "slurmctld does not answer: see `scontrol ping`, and try again"),
     ("dependency", "--after", "the job is gone or has failed; launch that stage again first"),
 )
 
@@ -169,14 +173,47 @@ def cancel(job: str, number: str = "") -> None:
 
 
 def follow(old: str, new: str) -> None:
-    """Let jobs that wait for one job wait for another instead."""
-    answer = ask("squeue", "--noheader", "--states=PENDING", "--format=%i|%E", f"--user={os.getuid()}")
-    for line in answer.stdout.splitlines():
-        job, _, waits = line.strip().partition("|")
-        waits = re.sub(r"\([^)]*\)", "", waits)  # (unfulfilled)
+    """Let jobs that wait for one job wait for another instead. A member of an array is also one of the whole array.
+
+    Members that are preempted together do this at once, and one may write over another's change: so look again, until
+    nothing was left to do twice in a row.
+    """
+    for _ in range(LOOKS if renew(old, new) else 0):
+        time.sleep(SETTLE)
+        if not renew(old, new):
+            time.sleep(SETTLE)
+            if not renew(old, new):
+                return
+
+
+def renew(old: str, new: str) -> bool:
+    """Rewrite what is waiting for ``old``; whether anything was."""
+    array, _, member = old.partition("_")
+    others = members(array, member) if member else []
+    found = False
+    for job, waits in waiting().items():
         renewed = re.sub(rf"(?<=[:+]){re.escape(old)}(?![\d_])", new, waits)
+        if member:  # afterok:ARRAY, which squeue shows as afterok:ARRAY_*, could never be true again
+            renewed = re.sub(rf"(?<=[:+]){array}(_\*)?(?![\d_])", ":".join([*others, new]), renewed)
         if job != new and renewed != waits:
-            ask("scontrol", "update", f"JobId={job}", f"Dependency={renewed}")
+            answer = ask("scontrol", "update", f"JobId={job}", f"Dependency={renewed}")
+            if answer.returncode:
+                raise OSError(f"job {job} does not wait for {new}: {answer.stderr.strip()}")
+            found = True
+    return found
+
+
+def waiting() -> dict[str, str]:
+    """This user's jobs that wait for others, and for which: ``afterok:1:2``."""
+    answer = ask("squeue", "--noheader", "--states=PENDING", "--format=%i|%E", f"--user={os.getuid()}")
+    lines = (line.strip().partition("|") for line in answer.stdout.splitlines())
+    return {job: re.sub(r"\([^)]*\)", "", waits) for job, _, waits in lines}  # without (unfulfilled)
+
+
+def members(array: str, but: str) -> list[str]:
+    """Numbers of the members of a job array that have not ended, apart from one."""
+    answer = ask("squeue", "--noheader", "--array", "--format=%F_%K", f"--jobs={array}")
+    return [job for job in answer.stdout.split() if job.startswith(f"{array}_") and job != f"{array}_{but}"]
 
 
 def dependency(jobs: Sequence[str], kind: str = "afterok") -> str:

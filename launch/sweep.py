@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from halfseen.config import ConfigError, to_yaml
+from halfseen.config import ConfigError
+from halfseen.recipes import to_yaml
 
 from . import command, jobs, preflight, records, slurm, status, submit
 from .config import Launch
@@ -45,6 +46,11 @@ def combinations(file: Path) -> list[list[str]]:
 
 def launch(given: Namespace, resources: Launch, arguments: Sequence[str]) -> int:
     """Queue every member that is not complete; returns the exit code."""
+    if given.stage not in command.TRAINING:
+        fix = f"use one of {', '.join(command.TRAINING)}"
+        raise ConfigError("--sweep", given.stage, "a sweep is of runs that train", fix)
+    if not arguments:
+        raise ConfigError("recipe", "", "no recipe was named", "halfseen launch pretrain RECIPE --sweep FILE")
     folders = [item.removeprefix("run.folder=") for item in arguments if item.startswith("run.folder=")]
     base = Path(folders[-1] if folders else f"runs/{Path(arguments[0]).stem}-sweep").absolute()
     rest = [item for item in arguments if not item.startswith("run.folder=")]
@@ -52,29 +58,33 @@ def launch(given: Namespace, resources: Launch, arguments: Sequence[str]) -> int
     prepared, skipped = [], 0
     for number, overrides in enumerate(chosen):
         folder = base / f"{number:03d}"
+        words = [*rest, *overrides, f"run.folder={folder}"]
         if records.story(folder).complete or jobs.active(folder)[0]:
+            command.refuse_changed(given.stage, words)
             skipped += 1
             continue
-        prepared.append(command.prepare(given.stage, [*rest, *overrides, f"run.folder={folder}"], resources))
+        prepared.append(command.prepare(given.stage, words, resources))
+        print(f"{folder.name}       {' '.join(overrides)}")
+    print(f"sweep     {base}: {len(prepared)} members to run, {skipped} are complete or queued")
+    if given.dry_run:
+        return 0
     records.where(base).mkdir(parents=True, exist_ok=True)
     described = {"members": [{"folder": f"{number:03d}", "set": one} for number, one in enumerate(chosen)]}
     (records.where(base) / "sweep.json").write_text(json.dumps(described, indent=1) + "\n")
-    for one, overrides in zip(prepared, chosen):
-        print(f"{Path(one.task.folder).name}       {' '.join(overrides)}")
-    print(f"sweep     {base}: {len(prepared)} members to run, {skipped} are complete or queued")
-    if given.dry_run or not prepared:
+    if not prepared:
         write_table(base)
         return 0
     code = command.keep_code(prepared[0].task, replace(resources, snapshots=resources.snapshots or str(base / ".code")))
     tasks = [replace(one.task, code=str(code or "")) for one in prepared]
+    codes = []
     if resources.cluster != "slurm":
         for task in tasks:  # this machine runs one at a time
             submit.queue(task, resources)
-            command.wait(task.folder)
+            codes.append(command.wait(task.folder))
     else:
         job = array(base, tasks, resources, slurm.dependency(given.after))
         print(f"queued    job array {job}: halfseen status {os.path.relpath(base)}")
-    codes = [command.wait(task.folder) for task in tasks] if given.wait and resources.cluster == "slurm" else []
+        codes += [command.wait(task.folder) for task in tasks] if given.wait else []
     write_table(base)
     if given.wait:
         print((base / TABLE).read_text(), end="")
@@ -122,6 +132,12 @@ def table(base: Path) -> list[dict[str, Any]]:
         row = {"member": one["folder"], **chosen, "state": seen.state, "images": seen.position, **numbers}
         rows.append(row | {"reason": "" if seen.state == "complete" else seen.reason})
     return rows
+
+
+def tell(folder: Path) -> None:
+    """Write the table of the sweep that a run is a member of, if it is: in the array, or in a job after it."""
+    if (records.where(folder.parent) / "sweep.json").is_file():
+        write_table(folder.parent)
 
 
 def write_table(base: Path) -> None:

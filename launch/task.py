@@ -41,8 +41,10 @@ LASTING = (
     errno.EACCES,
     errno.EPERM,
     errno.ENOENT,
+    errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
 )
 
 # Seconds a rank that ends because of another one leaves that one to say why.
@@ -58,7 +60,7 @@ class Task:
 
     stage: str  # a command of halfseen
     folder: str  # absolute; the run's, or where the stage's records go
-    config: str = ""  # the whole config as YAML, of a stage that trains
+    config: str = ""  # what its recipe and overrides state, as YAML, of a stage that trains
     arguments: tuple[str, ...] = ()  # of a command without a config
     code: str = ""  # the snapshot it must run from; empty: whatever Python finds
     total: int = 0  # images of the whole run; 0: not known
@@ -108,7 +110,7 @@ def run(task: Task) -> int:
     attempt, first = records.attempt(), first_rank()
     os.environ[MEETING] = str(records.where(task.folder))
     if first:
-        names = {"host": os.uname().nodename, "position": records.newest(task.folder), "code": task.code}
+        names = {"host": os.uname().nodename, "position": records.reached(task.folder), "code": task.code}
         records.add(task.folder, "started", attempt=attempt, **names)
     try:
         refuse_other_code(task.code)
@@ -194,7 +196,7 @@ def locally(task: Callable[[], int], folder: str) -> int:
             attempt = records.attempt()
             word = "complete" if code == 0 else "saved" if code == signals.SAVED else "failed"
             reason = records.why(folder, attempt)[1]
-            values = {"position": records.newest(folder), "code": code, "verdict": word, "reason": reason}
+            values = {"position": records.reached(folder), "code": code, "verdict": word, "reason": reason}
             records.add(folder, "ended", attempt=attempt, **values)
     return int(code)
 

@@ -1,6 +1,7 @@
 """BEiT v2's student: mim, with a second prediction that has to go through the class token (Peng et al., 2022)."""
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Aggregation(nn.Module):
         depth, size, model = encoder.depth, encoder.size, encoder.cfg
         # Drop path goes on rising where the branch begins, on a ramp as long as the longer way.
         steps = max(depth, cfg.early + cfg.extra)
-        ramp = blocks_of(replace(model, share=1), replace(size, depth=steps), encoder.grid, encoder.prefix)
+        ramp = blocks_of(replace(model, share=1, groups=[]), replace(size, depth=steps), encoder.grid, encoder.prefix)
         self.blocks = nn.ModuleList(ramp[cfg.early : cfg.early + cfg.extra])
         own = not cfg.shared_head
         self.norm = nn.LayerNorm(encoder.width, eps=model.norm_eps) if own else None
@@ -58,12 +59,11 @@ class BEiT2(MIM):
             raise ConfigError("model.class_token", False, "the class token carries BEiT v2's second branch", "use one")
         if not hidden:
             raise ConfigError("mask.kind", "none", "BEiT v2 predicts hidden patches", "use mask.kind=block")
-        share = encoder.cfg.share
-        if cfg.early > encoder.depth or cfg.early % share:
-            fits = range(share, encoder.depth + 1, share)
-            reason = f"must be one of {encoder.depth} blocks, counted from 1, and the last of a group of {share}"
-            raise ConfigError("objective.beit2.early", cfg.early, reason, f"use one of {list(fits)}")
-        self.early = cfg.early // share
+        ends = list(accumulate(encoder.groups))
+        if cfg.early not in ends:
+            reason = f"must be one of {encoder.depth} blocks, counted from 1, and the last of those that share weights"
+            raise ConfigError("objective.beit2.early", cfg.early, reason, f"use one of {ends}")
+        self.early = ends.index(cfg.early) + 1
         self.aggregation = Aggregation(encoder, cfg, target.width)
         narrow(self.aggregation)
         if cfg.start == "beit":

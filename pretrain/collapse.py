@@ -19,6 +19,14 @@ def feature_rank(features: Tensor) -> Tensor:
     return products.trace().square() / products.square().sum().clamp(min=1e-20)
 
 
+FEW = 8  # images of a micro-batch that tell how much pixels differ: thousands of patches are not copied to count that
+
+
+def variances(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How much predictions and targets of plain pixels differ from patch to patch; both [B, M, C]."""
+    return {"prediction_variance": spread(prediction[:FEW]), "target_variance": spread(target[:FEW])}
+
+
 @torch.no_grad()
 def spread(values: Tensor) -> Tensor:
     """Mean over channels of the variance over all patches: [..., C] -> a scalar; 0 when every patch is the same."""

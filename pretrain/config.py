@@ -4,8 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, positive
+from halfseen.models.alternet import AlterNetConfig
+from halfseen.models.hierarchical import TimmConfig
+from halfseen.models.legality import check_visible_only
 from halfseen.models.sizes import resolve
 from halfseen.models.swin import SwinConfig
+from halfseen.models.trainable import check_trainable
+from halfseen.models.trunks import Kind, section_of, stride_of
 from halfseen.models.vit import grid_of
 
 from .beit2 import BEiT2Config
@@ -100,9 +105,11 @@ class Pretrain:
     """A pretraining run. Defaults are MAE's published recipe for ViT-B (800 epochs)."""
 
     stage: Literal["pretrain"] = "pretrain"
-    trunk: Literal["vit", "swin"] = "vit"  # which section describes the trunk: vit model, swin swin (objective mim)
+    trunk: Kind = "vit"  # which section describes the trunk: vit model, others their own (those with objective mim)
     model: Model = field(default_factory=lambda: Model(position="sincos"))
     swin: SwinConfig = field(default_factory=SwinConfig)
+    timm: TimmConfig = field(default_factory=TimmConfig)
+    alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     objective: Objective = field(default_factory=Objective)
@@ -127,16 +134,21 @@ class Pretrain:
                 "RandAugment and erasing belong to fine-tuning",
                 "set augment.randaugment= and augment.erase=0",
             )
-        if self.trunk == "swin" and self.objective.name != "mim":
-            reason = f"{self.objective.name} needs a trunk of one resolution, and trunk=swin has several"
+        if self.trunk != "vit" and self.objective.name != "mim":
+            reason = f"{self.objective.name} needs a trunk of one resolution, and trunk={self.trunk} has several"
             raise ConfigError("objective.name", self.objective.name, reason, "use objective.name=mim, or trunk=vit")
+        if self.trunk == "vit":
+            check_trainable(self.model, self.data.image_size, self.engine.recompute)
+            if self.objective.name == "mae":
+                check_visible_only(self.model)
 
     @property
     def patch(self) -> int:
         """Pixels on the side of what is hidden or not, and predicted."""
-        if self.trunk == "vit":
-            return resolve(self.model).patch
-        stride = self.swin.patch << (len(self.swin.resolved()[1]) - 1)
+        section = section_of(self)
+        if isinstance(section, Model):
+            return resolve(section).patch
+        stride = stride_of(section, self.data.image_size)
         return min(stride, self.mask.cell) if self.mask.kind == "coarse" else stride
 
     @property

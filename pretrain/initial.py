@@ -18,8 +18,10 @@ def initialise_trunk(trunk: ViT) -> None:
     for tensor in (trunk.cls_token, trunk.dist_token, trunk.reg_token, table):
         if tensor is not None:
             narrow_(tensor)
-    for number, block in enumerate(trunk.blocks):
-        quieten(block, number * trunk.cfg.share + 1)
+    layer = 1
+    for count, block in zip(trunk.groups, trunk.blocks):
+        quieten(block, layer)
+        layer += count
 
 
 def narrow_(tensor: Tensor) -> None:

@@ -54,20 +54,57 @@ class MAEConfig:
 
 
 class Decoder(nn.Module):
-    """The parts of MAE's decoder; MAE.forward says how they are used."""
+    """MAE's decoder: predicts patches from the tokens of visible ones.
 
-    def __init__(self, encoder: ViT, cfg: MAEConfig, predicted: int) -> None:
+    forward takes latent [B, prefix + visible, D], the places of visible and hidden patches, int64 [B, visible] and
+    [B, hidden], and returns predictions [B, visible + hidden, outputs] in that order; with hidden_only those of hidden
+    patches, [B, hidden, outputs], and computes no others from the last attention on.
+    """
+
+    def __init__(self, encoder: ViT, cfg: MAEConfig, outputs: int) -> None:
         super().__init__()
         width, hidden, eps = cfg.decoder_width, cfg.decoder_hidden, encoder.cfg.norm_eps
         table = sincos(width, encoder.grid, encoder.prefix)
+        self.cfg, self.prefix = cfg, encoder.prefix
         self.embed = Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, cfg.decoder_heads, hidden, eps=eps) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.pred = Linear(width, predicted)
+        self.pred = Linear(width, outputs)
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor, hidden_only: bool = False) -> Tensor:
+        """See the class.
+
+        Attention does not care for the order of tokens, only positions tell it: leaving hidden tokens at the
+        end spares the un-shuffling of the paper.
+        """
+        first, places = self.pos_embed[:, : self.prefix], self.pos_embed[0, self.prefix :]
+        seen = self.embed(latent)
+        rows = self.mask_token[0] + places  # a hidden token is its position and nothing else
+        unseen = F.embedding(hidden, rows)
+        patches = seen[:, self.prefix :] + F.embedding(visible, places)
+        x = torch.cat([seen[:, : self.prefix] + first, patches, unseen], dim=1)
+        # Their first queries, keys and values are therefore the same in all samples. Making them once saves 3 to 4 %
+        # of a float32 step on the CPU; not in bfloat16, where gradients summed over samples would lose bits.
+        once = (rows, hidden) if seen.device.type == "cpu" and seen.dtype == torch.float32 else None
+        for number, block in enumerate(self.blocks):
+            last = hidden.shape[1] if hidden_only and number == len(self.blocks) - 1 else None
+            x = block(x, 0, last, once if number == 0 else None)
+        return self.pred(self.norm(x if hidden_only else x[:, self.prefix :]))
+
+    def flops(self, visible: int, hidden: int) -> float:
+        """Forward matmul FLOPs per image of a training step."""
+        cfg, tokens = self.cfg, self.prefix + visible + hidden
+        width, inner = cfg.decoder_width, cfg.decoder_hidden
+        return (
+            2.0 * (visible + self.prefix) * self.embed.in_features * width
+            + (cfg.decoder_depth - 1) * block_flops(tokens, width, inner)
+            + block_flops(tokens, width, inner, asked=hidden)
+            + 2.0 * hidden * width * self.pred.out_features
+        )
 
 
 class MAE(nn.Module):
@@ -95,36 +132,13 @@ class MAE(nn.Module):
         visible, hidden = split(batch["mask"], self.visible)
         latent = self.encoder(batch["image"], index=visible)
         if batch.get("task") == "predict":
-            tokens = self._decode(latent, visible, hidden, last=None)[:, self.encoder.prefix :]
-            prediction = self.decoder.pred(self.decoder.norm(tokens))
-            # The decoder saw visible patches first: put every token back where it belongs.
+            prediction = self.decoder(latent, visible, hidden)
+            # Visible patches come first: put every one back where it belongs.
             order = torch.cat([visible, hidden], dim=1).argsort(dim=1)
-            return {"prediction": _rows(prediction, order), "latent": latent}
-        # Only hidden patches are compared, so nothing else is computed from the last attention on.
-        tokens = self._decode(latent, visible, hidden, last=self.hidden)
-        prediction = self.decoder.pred(self.decoder.norm(tokens))
-        scalars = self.criterion(prediction, _rows(batch["target"], hidden))
+            return {"prediction": rows_of(prediction, order), "latent": latent}
+        prediction = self.decoder(latent, visible, hidden, hidden_only=True)
+        scalars = self.criterion(prediction, rows_of(batch["target"], hidden))
         return scalars | {"feature_rank": feature_rank(latent.mean(1))}
-
-    def _decode(self, latent: Tensor, visible: Tensor, hidden: Tensor, last: int | None) -> Tensor:
-        """Decoder tokens [B, prefix + N, Dd] in the order prefix, visible, hidden; or the last ones alone.
-
-        Attention does not care for the order of tokens, only positions tell it: leaving hidden tokens at the
-        end spares the un-shuffling of the paper.
-        """
-        decoder, prefix = self.decoder, self.encoder.prefix
-        first, places = decoder.pos_embed[:, :prefix], decoder.pos_embed[0, prefix:]
-        seen = decoder.embed(latent)
-        rows = decoder.mask_token[0] + places  # a hidden token is its position and nothing else
-        unseen = F.embedding(hidden, rows)
-        x = torch.cat([seen[:, :prefix] + first, seen[:, prefix:] + F.embedding(visible, places), unseen], dim=1)
-        # Their first queries, keys and values are therefore the same in all samples. Making them once saves 3 to 4 %
-        # of a float32 step on the CPU; not in bfloat16, where gradients summed over samples would lose bits.
-        once = (rows, hidden) if seen.device.type == "cpu" and seen.dtype == torch.float32 else None
-        for number, block in enumerate(decoder.blocks):
-            at_end = number == len(decoder.blocks) - 1
-            x = block(x, 0, last if at_end else None, once if number == 0 else None)
-        return x
 
     def blocks(self) -> list[nn.Module]:
         """Units to shard, recompute and compile."""
@@ -132,18 +146,10 @@ class MAE(nn.Module):
 
     def train_flops_per_image(self) -> float:
         """Matmul FLOPs that a training step executes per image: three times its forward."""
-        cfg, tokens = self.cfg, self.encoder.prefix + self.encoder.tokens
-        width, hidden = cfg.decoder_width, cfg.decoder_hidden
-        decoder = (
-            2.0 * (self.visible + self.encoder.prefix) * self.encoder.width * width
-            + (cfg.decoder_depth - 1) * block_flops(tokens, width, hidden)
-            + block_flops(tokens, width, hidden, asked=self.hidden)
-            + 2.0 * self.hidden * width * self.decoder.pred.out_features
-        )
-        return 3.0 * (self.encoder.flops(self.visible) + decoder)
+        return 3.0 * (self.encoder.flops(self.visible) + self.decoder.flops(self.visible, self.hidden))
 
 
-def _rows(tokens: Tensor, index: Tensor) -> Tensor:
+def rows_of(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens [B, N, ...], index int64 [B, M] -> [B, M, ...]: sample b's tokens index[b]."""
     batch, count, *rest = tokens.shape
     flat = (index + count * torch.arange(batch, device=index.device)[:, None]).flatten()

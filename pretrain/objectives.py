@@ -12,7 +12,7 @@ from torch import nn
 
 from halfseen.config import ConfigError
 from halfseen.models import ViT
-from halfseen.models.swin import Swin
+from halfseen.models.trunks import trunk_of
 
 from . import masks
 from .beit2 import BEiT2
@@ -29,27 +29,20 @@ from .tokenizers import DVAE, VQKD
 
 def mae(config: Pretrain, target: Target) -> nn.Module:
     """MAE: the trunk sees visible patches alone, a small decoder fills in the others."""
-    kind = config.mask.kind
-    if kind not in masks.EVEN:
-        reason = "MAE encodes equally many visible patches of every image, and predicts as many hidden ones"
-        raise ConfigError("mask.kind", kind, reason, f"use one of {masks.EVEN}")
     encoder = ViT(config.model, config.data.image_size)
     return MAE(encoder, config.objective.mae, masks.hidden(config), target)
 
 
 def mim(config: Pretrain, target: Target) -> nn.Module:
     """BEiT's form: the trunk sees all tokens, hidden ones replaced by a mask token."""
-    if config.trunk == "swin":
-        swin = Swin(config.swin, config.data.image_size)
-        return SimMIM(swin, config.objective.mim, masks.hidden(config), target, config.patch)
-    return MIM(ViT(config.model, config.data.image_size), config.objective.mim, masks.hidden(config), target)
+    trunk = trunk_of(config)
+    if isinstance(trunk, ViT):
+        return MIM(trunk, config.objective.mim, masks.hidden(config), target)
+    return SimMIM(trunk, config.objective.mim, masks.hidden(config), target, config.patch)
 
 
 def fd(config: Pretrain, target: Target) -> nn.Module:
     """Feature Distillation: nothing hidden, every token predicted."""
-    if masks.hidden(config):
-        reason = "Feature Distillation shows the student the whole image"
-        raise ConfigError("mask.kind", config.mask.kind, reason, "use mask.kind=none, or objective.name=mim")
     if not isinstance(target, Features):
         raise ConfigError("target.name", config.target.name, "is not a teacher's features", "use features")
     return FeatureDistillation(ViT(config.model, config.data.image_size), config.objective.fd, target)
@@ -74,23 +67,15 @@ def beit2(config: Pretrain, target: Target) -> nn.Module:
 
 def vqkd(config: Pretrain, target: Target) -> nn.Module:
     """BEiT v2's tokenizer."""
-    refuse_mask(config)
     return VQKD(ViT(config.model, config.data.image_size), config.objective.vqkd, target, config.run.seed)
 
 
 def dvae(config: Pretrain, target: Target) -> nn.Module:
     """A discrete VAE on pixels."""
-    refuse_mask(config)
     if config.target.name != "pixels" or config.target.normalise:
         reason = "a discrete VAE gives back the image's own pixels"
         raise ConfigError("target.name", config.target.name, reason, "use target={name: pixels, normalise: false}")
     return DVAE(config.objective.dvae, config.patch, config.grid, target)
-
-
-def refuse_mask(config: Pretrain) -> None:
-    """Raise ConfigError if anything is hidden from a tokenizer."""
-    if config.mask.kind != "none":
-        raise ConfigError("mask.kind", config.mask.kind, "a tokenizer sees the whole image", "use mask.kind=none")
 
 
 OBJECTIVES: dict[str, Callable[[Pretrain, Target], nn.Module]] = {
@@ -104,6 +89,31 @@ OBJECTIVES: dict[str, Callable[[Pretrain, Target], nn.Module]] = {
 }
 
 
+# Objectives that hide nothing, and why.
+WHOLE = {
+    "fd": "Feature Distillation shows the student the whole image",
+    "vqkd": "a tokenizer sees the whole image",
+    "dvae": "a tokenizer sees the whole image",
+}
+
+
+def refuse_mask(config: Pretrain) -> None:
+    """Raise ConfigError if the mask cannot be drawn, or the objective cannot use it.
+
+    The config alone tells, so this is asked before the target loads a teacher or a tokenizer.
+    """
+    name, kind = config.objective.name, config.mask.kind
+    masks.hidden(config)
+    if name in WHOLE and kind != "none":
+        raise ConfigError("mask.kind", kind, WHOLE[name], "use mask.kind=none")
+    if name == "beit2" and kind == "none":
+        raise ConfigError("mask.kind", kind, "BEiT v2 predicts hidden patches", "use mask.kind=block")
+    if name == "mae" and kind not in masks.EVEN:
+        reason = "MAE encodes equally many visible patches of every image, and predicts as many hidden ones"
+        raise ConfigError("mask.kind", kind, reason, f"use one of {masks.EVEN}")
+
+
 def create(config: Pretrain, target: Target) -> nn.Module:
     """The student a config names, with random weights, on the CPU."""
+    refuse_mask(config)
     return OBJECTIVES[config.objective.name](config, target)

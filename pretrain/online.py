@@ -56,7 +56,7 @@ class Neighbours:
         batches = data.evaluation_batches(
             data.open_set(chosen, which),
             chosen,
-            evaluation_transform(chosen.image_size),
+            evaluation_transform(chosen.image_size, chosen.eval_crop),
             rank=self.world.rank,
             world=self.world.world,
             batch=self.config.online.batch,

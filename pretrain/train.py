@@ -16,7 +16,7 @@ from halfseen.distributed import World
 from halfseen.engines import Engine
 from halfseen.monitor import Monitor
 
-from . import masks, objectives, targets
+from . import masks, objectives, store, stored_codes
 from .config import Pretrain
 from .online import Neighbours
 from .targets import Target
@@ -39,20 +39,28 @@ def main(argv: Sequence[str]) -> int:
 
 def parts(config: Pretrain, world: World, folder: Path) -> stage.Parts:
     """What this stage trains, on which data, prepared how; ``halfseen replay`` needs no more."""
-    stage.seed_weights(config.run.seed)
-    target = targets.create(config, world.device)
-    student = objectives.create(config, target)
-    # Labels are never used here, so shards need not have any.
-    train_set = data.open_set(replace(config.data, label="none", classes=0), "train")
+    objectives.refuse_mask(config)
+    train_set = open_train_set(config)
     batches, spans = stage.derive(config, train_set, world)
+    stage.seed_weights(config.run.seed)
+    target = stored_codes.open_target(config, train_set, spans.total, world)
+    stage.seed_weights(config.run.seed)  # whatever a tokenizer or teacher has drawn
+    student = objectives.create(config, target)
     prepare = Prepare(config, target, world.device)
 
-    stream = stage.stream(config, train_set, transform_of(config), batches, world, folder, masks.host(config))
+    stream = stage.stream(config, train_set, transform_of(config), batches, world, folder, mask=masks.host(config))
+    period = stored_codes.period_of(config, train_set)
+    stream = store.repeated(stream, period, batches)
 
     def begin() -> None:
         begin_with(student, lambda count: prepare(first_images(config, train_set, count)), world)
 
-    return stage.Parts(student, train_set, batches, spans, stream, prepare, begin=begin)
+    return stage.Parts(student, train_set, batches, spans, stream, prepare, begin=begin, period=period)
+
+
+def open_train_set(config: Pretrain) -> data.ImageSet:
+    """The images. Labels are never used here, so shards need not have any."""
+    return data.open_set(replace(config.data, label="none", classes=0), "train")
 
 
 def begin_with(student: nn.Module, first: Callable[[int], dict[str, Any]], world: World) -> None:
@@ -72,9 +80,14 @@ def begin_with(student: nn.Module, first: Callable[[int], dict[str, Any]], world
             torch.distributed.broadcast(buffer, 0)
 
 
-def transform_of(config: Pretrain) -> Transform:
-    """What is made of each image: a crop, and where a tokenizer sees it at another size, that as well."""
-    view = config.target.codes.image_size if config.target.name == "codes" else 0
+def transform_of(config: Pretrain, live: bool = False) -> Transform:
+    """What is made of each image: a crop, and where a tokenizer is asked at another size, that as well.
+
+    live: the tokenizer is asked even if its codes are stored.
+    """
+    codes = config.target.codes
+    stored = bool(codes.store.folder) and codes.store.missing == "stop" and not live
+    view = codes.image_size if config.target.name == "codes" and not stored else 0
     return pretrain_transform(config.augment, config.data.image_size, view or None)
 
 
@@ -98,19 +111,23 @@ class Prepare:
         self.target, self.mask = target, masks.create(config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        image = batch["image"].to(self.device, non_blocking=True)
-        position = batch["position"].to(self.device, non_blocking=True)
-        drawn, view = batch.get("mask"), batch.get("view")
-        statistics = (self.config.augment.mean, self.config.augment.std)
-        prepared = {"image": normalise(image, *statistics), "position": position}
+        prepared, drawn = self.views(batch), batch.get("mask")
         if drawn is None:
-            prepared["mask"] = self.mask(self.config.run.seed, position)
+            prepared["mask"] = self.mask(self.config.run.seed, prepared["position"])
         else:  # by the loader's workers, where the device cannot
             prepared["mask"] = drawn.to(self.device, non_blocking=True)
-        if view is not None:
-            prepared["view"] = normalise(view.to(self.device, non_blocking=True), *statistics)
-        answer = self.target(prepared)
+        # Stored answers are found by key and position, on the host.
+        answer = self.target(prepared | {name: batch[name] for name in ("key", "position") if name in batch})
         return prepared if answer is None else prepared | {"target": answer}
+
+    def views(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The images on the device, normalised, with their positions."""
+        statistics = (self.config.augment.mean, self.config.augment.std)
+        prepared = {"position": batch["position"].to(self.device, non_blocking=True)}
+        for name in ("image", "view"):
+            if name in batch:
+                prepared[name] = normalise(batch[name].to(self.device, non_blocking=True), *statistics)
+        return prepared
 
 
 class Pictures:

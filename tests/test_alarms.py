@@ -8,8 +8,7 @@ import torch
 from toys import TOTAL
 from trainee import Log, train
 
-from halfseen import config as configs
-from halfseen import loop
+from halfseen import loop, recipes
 from halfseen.config import Alarm, ConfigError
 from halfseen.config import Monitor as Options
 from halfseen.distributed import World
@@ -66,8 +65,8 @@ def test_an_alarm_ends_the_run_on_every_rank(tmp_path):
 
 def test_alarms_are_written_in_recipes_and_checked():
     given = "monitor.alarms=[{scalar: feature_rank, below: 2, after: 10%, stop: true}]"
-    config = configs.load(Pretrain, None, [given])
+    config = recipes.load(Pretrain, None, [given])
     assert config.monitor.alarms == [Alarm("feature_rank", below=2.0, after="10%", stop=True)]
     for wrong in ("[{scalar: loss}]", "[{scalar: loss, above: 1, after: soon}]"):
         with pytest.raises(ConfigError, match=r"monitor\.alarms\[0\]"):
-            configs.load(Pretrain, None, [f"monitor.alarms={wrong}"])
+            recipes.load(Pretrain, None, [f"monitor.alarms={wrong}"])

@@ -1,5 +1,6 @@
 """The Python API: one call to a backbone, whatever wrote the weights; features are those of the student itself."""
 
+import pydoc
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from halfseen.config import ConfigError, Model
 from halfseen.finetune.train import main as finetune
 from halfseen.models import ViT
 from halfseen.pretrain.train import main as pretrain
+from halfseen.tools.delta import main as make_delta
 from halfseen.tools.export import main as export
 
 MODEL = ["model.width=32", "model.depth=2", "model.heads=2", "model.patch=16", "engine.device=cpu"]
@@ -65,6 +67,39 @@ def test_a_fine_tuned_run_scores_and_its_averages_score_otherwise(runs):
     assert torch.equal(halfseen.load(checkpoint)(pictures()), model(pictures()))
 
 
+def test_a_neck_of_timms_kind_can_be_built_on_it(runs):
+    """What segmentation and detection necks ask a timm backbone: channels and strides of maps, and the maps."""
+    model = halfseen.load(runs / "fine")
+    maps = model.forward_intermediates(pictures(), [0, 1])
+    for info, found in zip(model.feature_info, maps):
+        assert found.shape == (3, info["num_chs"], 32 // info["reduction"], 32 // info["reduction"])
+        assert dict(model.named_modules())[info["module"]] is not None
+    tokens = model.forward_features(pictures())
+    assert torch.equal(model.forward_head(tokens), model(pictures()))
+    assert torch.equal(model.forward_head(tokens, pre_logits=True), model.features(pictures()))
+    model.train()
+    loss = torch.nn.Linear(model.num_features, 2)(model.features(pictures())).sum()
+    loss.backward()
+    assert model.encoder.blocks[0].mlp.fc1.weight.grad is not None
+
+
+def test_one_base_and_a_delta_for_each_task(runs, tmp_path):
+    change, whole = tmp_path / "task.safetensors", tmp_path / "whole.safetensors"
+    assert make_delta(["make", str(runs / "pre"), str(runs / "fine"), str(change)]) == 0
+    expected = halfseen.load(runs / "fine")(pictures())
+    assert torch.equal(halfseen.load(runs / "pre", change=change)(pictures()), expected)
+    assert make_delta(["apply", str(runs / "pre"), str(change), str(whole)]) == 0
+    assert torch.equal(halfseen.load(whole)(pictures()), expected), "the file says itself what it is"
+    with pytest.raises(ConfigError, match="is a delta"):
+        halfseen.load(change)
+
+
+def test_help_names_the_api():
+    shown = pydoc.render_doc(halfseen, renderer=pydoc.plaintext)
+    for name in ("load(source", "class Backbone", "transforms_for(model"):
+        assert name in shown
+
+
 def test_an_exported_file_says_itself_what_it_is(runs, tmp_path):
     for part in ("encoder", "student"):
         assert export([str(runs / "pre"), str(tmp_path / f"{part}.safetensors"), "--part", part]) == 0
@@ -94,6 +129,8 @@ def test_another_size_need_not_be_square(runs):
     assert model.image_size == (32, 64)
     images = torch.randn(2, 3, 32, 64)
     first, last = model.forward_intermediates(images, [0, -1])
+    with pytest.raises(ValueError, match=r"no blocks \[2\], only 0 to 1"):
+        model.forward_intermediates(images, [2])
     assert first.shape == last.shape == (2, 32, 2, 4)
     tokens = model.encoder.trace(images, layers=[1]).layers[1][:, 1:]
     assert torch.equal(last[1, :, 1, 2], tokens[1, 4 + 2])

@@ -9,11 +9,12 @@ import pytest
 
 from halfseen import capsule
 from halfseen.cli import COMMANDS, run_stage
-from halfseen.config import ConfigError, to_yaml
+from halfseen.config import ConfigError
 from halfseen.data.ledger import TooManyBad
 from halfseen.data.reader import StaleIndex
 from halfseen.finetune.config import Finetune
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import to_yaml
 from halfseen.stage import open_run
 
 

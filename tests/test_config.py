@@ -9,21 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halfseen import optim
-from halfseen.config import (
-    Batches,
-    ConfigError,
-    Data,
-    Model,
-    Optim,
-    Run,
-    changes,
-    duration,
-    find_recipe,
-    load,
-    recipes,
-    to_yaml,
-)
+from halfseen.config import Batches, ConfigError, Data, Model, Optim, Run, duration
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import changes, find_recipe, load, recipes, to_yaml
 
 
 @dataclass
@@ -65,6 +53,9 @@ def test_resolved_config_reads_back_equal(tmp_path):
         ("modle.stem=hmlp", ["modle", "Did you mean: 'model'"]),
         ("data.workers=1.5", ["data.workers", "1.5", "Integer"]),
         ("optim.lr=3", ["optim.lr", "optim.base_lr=null"]),
+        ("optim.schedule=steps", ["optim.drops=[]", "set both"]),
+        ("optim.drops=[50%]", ["optim.drops=['50%']", "set both"]),
+        ("optim.drop=2", ["optim.drop=2.0", "outside [0.0, 1.0]"]),
         ("run.images", ["run.images", "key=value"]),
         ("model.drop_path=1.5", ["model.drop_path", "1.5", "0.99"]),
         ("run.global_batch=0", ["run.global_batch", "0", "> 0"]),
@@ -76,6 +67,15 @@ def test_refusals_name_key_value_and_fix(override, words):
         load(Small, None, [override])
     for word in [*words, "fix:"]:
         assert word in str(refusal.value)
+
+
+def test_a_rate_that_falls_in_steps_has_no_lowest_rate_of_its_own():
+    steps = ["optim.schedule=steps", "optim.drops=[50%,700ep]"]
+    assert load(Small, None, steps).optim.drops == ["50%", "700ep"]
+    with pytest.raises(ConfigError, match=r"optim\.min_lr"):
+        load(Small, None, [*steps, "optim.min_lr=1e-5"])
+    with pytest.raises(ConfigError, match=r"optim\.drops.*not a duration"):
+        load(Small, None, ["optim.schedule=steps", "optim.drops=[soon]"])
 
 
 @pytest.mark.parametrize(

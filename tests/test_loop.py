@@ -1,10 +1,8 @@
 """The loop: what is due when, signals, crashes, data that fails, and numbers that stay wrong."""
 
-import errno
 import json
 import os
 import signal
-import time
 
 import pytest
 import ranks
@@ -14,12 +12,11 @@ from trainee import LONGEST, Log, train
 
 from halfseen import capsule, loop
 from halfseen.checkpoint import Checkpoints
-from halfseen.checkpoint import folder as layout
 from halfseen.config import Batches, ConfigError, Optim
-from halfseen.distributed import World, started
+from halfseen.distributed import World
 from halfseen.loop import due
 from halfseen.optim import Schedule
-from halfseen.signals import SAVED, Signals
+from halfseen.signals import Signals
 
 # What autograd says while a replay looks for the culprit, with the whole stack.
 pytestmark = pytest.mark.filterwarnings("ignore:Error detected in", "ignore:Anomaly Detection")
@@ -119,140 +116,6 @@ def test_a_run_in_parts_has_the_bits_of_a_run_at_once(tmp_path, monkeypatch, eng
     ours, whole = losses(tmp_path / "parts"), losses(tmp_path / "once")
     assert len(whole) == 9
     assert ours == whole
-
-
-def run_to_the_end(folder, slow, beside=True):
-    """A process of one rank: the exit code is the one the stages document."""
-    folder.mkdir(exist_ok=True)
-    outcome, _, log = train(folder, World(), LONGEST, slow=slow, beside=beside, ema=0.9, student={"dropout": 0.3})
-    (folder / "notes").write_text("\n".join(log.notes))
-    return SAVED if outcome.stopped_by else 0
-
-
-def wait_for_steps(folder, process, count):
-    for _ in range(3000):
-        if (folder / "losses.jsonl").exists() and len((folder / "losses.jsonl").read_text().splitlines()) >= count:
-            return
-        assert process.is_alive()
-        time.sleep(0.02)
-    raise AssertionError("the run makes no steps")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The losses of the run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert run_to_the_end(folder, 0) == 0
-    return losses(folder)
-
-
-def test_sigterm_saves_and_exits_75_and_the_rest_has_the_same_bits(tmp_path, whole):
-    run = tmp_path / "run"
-    process = ranks.begin(run_to_the_end, run, 0.1)
-    wait_for_steps(run, process, 2)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == SAVED == os.EX_TEMPFAIL
-    assert "SIGTERM: saved at" in (run / "notes").read_text()
-    reached = max(losses(run))
-    assert reached < LONGEST
-    assert names(run)[-1] == f"img_{reached:012d}"
-    assert run_to_the_end(run, 0) == 0
-    assert losses(run) == whole
-    assert len((run / "losses.jsonl").read_text().splitlines()) == len(whole)  # no step was taken twice
-
-
-def test_kill_nine_loses_only_what_came_after_the_last_checkpoint(tmp_path, whole):
-    run = tmp_path / "run"
-    for kills in (5, 11):
-        process = ranks.begin(run_to_the_end, run, 0.1)
-        wait_for_steps(run, process, kills)
-        process.kill()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-    assert run_to_the_end(run, 0) == 0
-    assert losses(run) == whole
-    assert len((run / "losses.jsonl").read_text().splitlines()) > len(whole)
-
-
-def killed_before_the_manifest(folder, beside):
-    """Dies between the last byte of the tensors and the manifest."""
-    layout.write_manifest = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-    return run_to_the_end(folder, 0, beside)
-
-
-def killed_amid_the_tensors(folder, beside):
-    """Dies when the tensors' file is written but not yet on disk, nor listed anywhere."""
-    import torch.distributed.checkpoint.filesystem as written_by
-
-    written_by.os.fsync = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-    return run_to_the_end(folder, 0, beside)
-
-
-def killed_before_the_rename(folder, beside):
-    """Dies with everything in place under the name that does not count."""
-    layout.sync = lambda path: path.name.startswith(".partial") and os.kill(os.getpid(), signal.SIGKILL)
-    return run_to_the_end(folder, 0, beside)
-
-
-@pytest.mark.parametrize(
-    ("killed", "beside"),
-    [
-        (killed_amid_the_tensors, True),
-        (killed_before_the_manifest, True),
-        (killed_before_the_manifest, False),
-        (killed_before_the_rename, True),
-    ],
-)
-def test_kill_nine_while_saving_leaves_no_checkpoint_that_counts(tmp_path, whole, killed, beside):
-    run = tmp_path / "run"
-    process = ranks.begin(killed, run, beside)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert names(run) == [f".partial_img_{3 * TOTAL:012d}"]
-    assert run_to_the_end(run, 0) == 0
-    assert losses(run) == whole
-    assert not [name for name in names(run) if name.startswith(".partial")]
-
-
-def full_disk(folder):
-    """From the second checkpoint on there is no space left."""
-    import torch.distributed.checkpoint.filesystem as written_by
-
-    def fsync(*arguments):
-        if (folder / "checkpoints" / f"img_{3 * TOTAL:012d}").exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    written_by.os.fsync = fsync
-    with pytest.raises(OSError, match="No space left on device"):
-        run_to_the_end(folder, 0)
-    return 3
-
-
-def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path, whole):
-    run = tmp_path / "run"
-    process = ranks.begin(full_disk, run)
-    process.join(60)
-    assert process.exitcode == 3
-    assert names(run) == [f"img_{3 * TOTAL:012d}"]  # and the unfinished one takes no space
-    assert run_to_the_end(run, 0) == 0
-    assert losses(run) == whole
-
-
-def one_of_two(folder, rank, port):
-    os.environ.update(ranks.environment(rank, 2, port))
-    with started("cpu") as world:
-        train(folder, world, LONGEST, slow=0.1)
-    return 0
-
-
-def test_kill_nine_of_one_rank_ends_the_other(tmp_path):
-    port = ranks.free_port()
-    first, second = (ranks.begin(one_of_two, tmp_path, rank, port) for rank in range(2))
-    wait_for_steps(tmp_path, first, 4)
-    second.kill()
-    first.join(60)
-    assert first.exitcode not in (0, None)
 
 
 def stops_together(world, folder):

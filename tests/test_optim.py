@@ -242,6 +242,13 @@ def test_a_constant_schedule_warms_up_and_stays():
     assert optim.Schedule(settings(schedule="constant"), 1e-3, 0, 1100).rate(0) == 1e-3
 
 
+def test_a_schedule_in_steps_is_simmims():
+    cfg = settings(schedule="steps", drops=["70%", "90%"], warmup_lr=2e-6)
+    schedule = optim.Schedule(cfg, 1e-3, 100, 1000, drops=(700, 900))
+    rates = [schedule.rate(position) for position in (0, 50, 100, 699, 700, 899, 900, 999)]
+    assert rates == pytest.approx([2e-6, 5.01e-4, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+
+
 def test_timms_schedule_drops_onto_its_cosine_after_the_warmup():
     cfg = settings(schedule="timm", warmup_lr=1e-6, min_lr=1e-5)
     schedule = optim.Schedule(cfg, 1e-3, 500, 3000)

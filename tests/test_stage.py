@@ -3,10 +3,11 @@
 import pytest
 
 from halfseen import data, stage
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.pretrain import train as pretraining
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import load
 
 TINY = ["model.width=32", "model.depth=1", "model.heads=2", "data.image_size=32", "objective.mae.decoder_width=32"]
 
@@ -52,6 +53,25 @@ def test_impossible_durations_are_refused(tmp_path, override, key):
     with pytest.raises(ConfigError) as refusal:
         pretraining.parts(config, World(), tmp_path)
     assert refusal.value.key == key
+
+
+def test_the_rate_drops_at_the_times_named_which_must_lie_between_warmup_and_end(tmp_path):
+    def spans(drops):
+        steps = [
+            "optim.schedule=steps",
+            "run.images=960",
+            "run.global_batch=48",
+            "optim.warmup=96",
+            f"optim.drops={drops}",
+        ]
+        config = load(Pretrain, "pretrain/demo", [*TINY, *steps])
+        return pretraining.parts(config, World(), tmp_path).schedule(config)
+
+    assert spans("[50%,'720']").drops == (480, 720)
+    for outside in ("[5%]", "[100%]"):
+        with pytest.raises(ConfigError) as refusal:
+            spans(outside)
+        assert refusal.value.key == "optim.drops"
 
 
 def test_the_run_ends_on_a_whole_step(tmp_path):

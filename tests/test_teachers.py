@@ -1,17 +1,21 @@
 """Teachers: whole, frozen, shown the student's own view; refused early when they cannot teach this."""
 
+import functools
 import re
+import socket
 
 import pytest
 import timm
 import torch
+from torch._dynamo.utils import counters
 
 from halfseen import teachers
 from halfseen.checkpoint import read_weights
-from halfseen.config import ConfigError, load, to_yaml
+from halfseen.config import ConfigError
 from halfseen.finetune import train
 from halfseen.finetune.config import Finetune
 from halfseen.pretrain import train as pretrain
+from halfseen.recipes import load, to_yaml
 from halfseen.teachers import Layers, TeacherConfig
 
 HERE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -45,6 +49,43 @@ def test_a_timm_teacher_sees_the_pictures_under_its_own_normalisation(name):
     features = found.features(image)
     assert features.shape == (1, *{"vit": (16, 192), "swi": (49, 768), "reg": (4, 368)}[name[:3]])
     assert "licence" in str(found)
+
+
+def test_weights_out_of_reach_are_refused_before_timm_retries(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    with socket.socket() as unused:  # a port that nobody listens on
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        asked = []
+        plain = timm.create_model
+        monkeypatch.setattr(
+            timm, "create_model", lambda *a, pretrained, **k: asked.append(pretrained) or plain(*a, **k)
+        )
+        with pytest.raises(ConfigError) as refused:
+            teacher("test_vit.r160_in1k", 160, weights="pretrained")
+        assert not asked
+        assert (refused.value.key, refused.value.value) == ("teacher.source", "timm:test_vit.r160_in1k")
+        assert "teacher.weights=FILE" in refused.value.fix
+        cached = tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / "abc" / "model.safetensors"
+        cached.parent.mkdir(parents=True)
+        cached.touch()
+        teacher("test_vit.r160_in1k", 160, weights="pretrained")
+        assert asked == [True]
+
+
+def test_a_compiled_teacher_runs_compiled_and_says_the_same(run, monkeypatch):
+    """Of timm, and a run of ours; by a backend that needs no C++ compiler."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    for make in (teacher, functools.partial(own, run)):
+        plain = make().logits(view())
+        counters.clear()
+        torch.testing.assert_close(make(compile=True).logits(view()), plain)
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_answers_can_be_trained_against_and_the_teacher_cannot():

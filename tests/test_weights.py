@@ -11,6 +11,7 @@ from halfseen import weights
 from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError, Model
 from halfseen.models import ViT
+from halfseen.models.positions import resize
 from halfseen.models.relative import resize_relative
 
 
@@ -106,7 +107,7 @@ def test_a_position_table_moves_to_another_grid_with_its_class_row(side):
 def test_a_table_that_is_no_square_grid_is_refused_when_it_would_have_to_move():
     given = Student(side=(32, 24)).state_dict()
     weights.initialise(Student(side=(32, 24)), given, coverage=1.0)
-    with pytest.raises(ConfigError, match="13 rows is no square grid"):
+    with pytest.raises(ConfigError, match=r"13 rows is no square grid(.|\n)*run\.init_grid="):
         weights.initialise(Student(side=48), given, coverage=0.0)
 
 
@@ -241,3 +242,26 @@ def test_a_distillation_token_that_one_side_lacks_is_left_out_or_starts_without_
     assert torch.equal(table[:, 0], given[:, 0])
     assert torch.equal(table[:, -16:], given[:, -16:])
     assert there or not table[:, 1].any()
+
+
+@pytest.mark.parametrize("tokens", [{}, {"distillation_token": True}, {"registers": 2}, {"class_token": False}])
+@pytest.mark.parametrize("side", [(40, 24), 48, (24, 40)])
+def test_tables_of_a_stated_grid_move_to_any_other_with_the_rows_of_their_tokens(tokens, side):
+    """Patches 3 down and 5 across; (24, 40) is that grid, and (40, 24) has as many rows in another order."""
+    make = {"relative": "block", **tokens}
+    source, student = scrambled(Student(side=(24, 40), **make)), Student(side=side, **make)
+    report = weights.initialise(student, source.state_dict(), coverage=1.0, grid=(3, 5))
+    new, rows = student.encoder.grid, student.encoder.position_rows
+    name = "encoder.blocks.1.attn.relative_position_bias_table"
+    given, filled = source.state_dict(), student.state_dict()
+    assert torch.equal(filled["encoder.pos_embed"][:, :rows], given["encoder.pos_embed"][:, :rows])
+    assert torch.equal(filled["encoder.pos_embed"], resize(given["encoder.pos_embed"], (3, 5), new, rows))
+    assert torch.equal(filled[name], resize_relative(given[name], (3, 5), new))
+    assert not report.new
+    assert set(report.resized.values()) == ({f"3x5 -> {new[0]}x{new[1]}"} if new != (3, 5) else set())
+
+
+def test_a_stated_grid_that_the_tables_do_not_have_is_refused():
+    given = Student(side=(24, 40)).state_dict()
+    with pytest.raises(ConfigError, match=r"run\.init_grid=\[4, 5\]: a position table of 16 rows is no grid of 4x5"):
+        weights.initialise(Student(side=48), given, coverage=0.0, grid=(4, 5))

@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from halfseen.config import ConfigError, Model
-from halfseen.models import ViT
+from halfseen.models import trunks
 from halfseen.models.positions import sincos
 from halfseen.models.relative import PREFIX_ROWS
 from halfseen.models.sizes import SIZES
-from halfseen.models.swin import Swin, SwinConfig
+from halfseen.models.swin import SwinConfig
 
 HEADS = {size.width: size.heads for size in SIZES.values()}  # of the published widths, where nothing else tells
 TABLE = "relative_position_bias_table"
@@ -30,7 +29,7 @@ TABLE = "relative_position_bias_table"
 class Architecture:
     """A trunk, the images it is for, and where that is known from."""
 
-    model: Model | SwinConfig
+    model: trunks.Section
     image_size: int  # pixels on a side
     told: str  # who told: a run's config, or the weights
     stage: str = ""  # of a run: pretrain, finetune ...
@@ -40,13 +39,13 @@ class Architecture:
         """The trunk as ``encoder`` of a module, random weights."""
         size = image_size or self.image_size
         holder = nn.Module()
-        holder.encoder = Swin(self.model, size) if isinstance(self.model, SwinConfig) else ViT(self.model, size)
+        holder.encoder = trunks.build(self.model, size)
         return holder
 
     @property
     def trunk(self) -> str:
-        """vit or swin."""
-        return "swin" if isinstance(self.model, SwinConfig) else "vit"
+        """vit, swin, timm or alternet."""
+        return trunks.KINDS[type(self.model)]
 
     def described(self) -> dict[str, str]:
         """Plain text for a file's metadata: enough to build the trunk again."""
@@ -61,7 +60,7 @@ class Architecture:
         }
         if isinstance(self.model, Model):
             plain |= {"stem": self.model.stem, "patch": self.model.patch or SIZES[self.model.size].patch}
-        else:
+        elif isinstance(self.model, SwinConfig):
             plain["patch"] = self.model.patch
         found = {"architecture": json.dumps(plain)}
         if self.statistics:
@@ -81,9 +80,11 @@ def of_run(path: Path) -> Architecture | None:
     if file is None:
         return None
     plain = yaml.safe_load(file.read_text())
-    swin = plain.get("trunk") == "swin"
-    section = OmegaConf.structured(SwinConfig if swin else Model)
-    model: Any = OmegaConf.to_object(OmegaConf.merge(section, plain["swin" if swin else "model"]))
+    if plain.get("objective", {}).get("name") == "dvae":
+        reason = "is a run of a discrete VAE, whose encoder is no trunk"
+        fix = "name the run as target.codes.tokenizer; its weights: `halfseen export RUN OUT --part student`"
+        raise ConfigError("RUN", str(path), reason, fix)
+    model = trunks.section_in(plain)
     augment = plain.get("augment", {})
     statistics = {key: list(augment[key]) for key in ("mean", "std") if key in augment}
     return Architecture(model, plain["data"]["image_size"], "the run's config", plain.get("stage", ""), statistics)
@@ -98,8 +99,7 @@ def of_file(path: Path) -> Architecture | None:
     if "architecture" not in told:
         return None
     plain = json.loads(told["architecture"])
-    schema: Any = SwinConfig if plain["trunk"] == "swin" else Model
-    model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain["model"]))
+    model = trunks.section_in({"trunk": plain["trunk"], trunks.SECTIONS[plain["trunk"]][0]: plain["model"]})
     statistics = json.loads(told.get("normalisation", "{}"))
     return Architecture(model, plain["image_size"], plain["told_by"], told.get("stage", ""), statistics)
 
@@ -113,11 +113,17 @@ def of_weights(
     weights do not tell, such as the heads of an unusual width, is told by nobody.
     """
     trunk = {name.removeprefix("encoder."): value for name, value in ours.items() if name.startswith("encoder.")}
-    if "patch_embed.proj.weight" not in trunk and "patch_embed.proj.0.weight" not in trunk:
+    stem = {"patch_embed.proj.weight", "patch_embed.proj.0.weight"} & trunk.keys()
+    if not stem or not any(name.startswith(("blocks.0.", "layers.0.")) for name in trunk):
         raise ConfigError("IN", sorted(ours)[:3], "holds no whole trunk", "give a model's weights")
-    if any(name.startswith("layers.") for name in trunk):
-        return of_swin(trunk, image_size)
-    return of_vit(trunk, beside, heads, image_size)
+    swin = any(name.startswith("layers.") for name in trunk)
+    found = of_swin(trunk, image_size) if swin else of_vit(trunk, beside, heads, image_size)
+    with torch.device("meta"):
+        built: Any = found.build()
+    if strange := sorted(trunk.keys() - built.encoder.state_dict().keys()):
+        reason = f"{', '.join(strange[:3])} are parts of no trunk known here"
+        raise ConfigError("IN", strange[:3], reason, "say what it is by a run's config")
+    return found
 
 
 def of_vit(
@@ -125,7 +131,7 @@ def of_vit(
 ) -> Architecture:
     """A ViT's options."""
     width = stem_width(trunk)
-    depth = 1 + max(int(found[1]) for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name)))
+    blocks = 1 + max(int(found[1]) for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name)))
     first = {name.removeprefix("blocks.0."): value for name, value in trunk.items() if name.startswith("blocks.0.")}
     tables = [value for name, value in trunk.items() if name.endswith(TABLE)]
     branches = {int(found[1]) for name in first if (found := re.match(r"attns\.(\d+)\.", name))}
@@ -134,16 +140,17 @@ def of_vit(
     table = trunk.get("pos_embed")
     named = sum(name in trunk for name in ("cls_token", "dist_token"))
     rows, grid = grid_of(table, tables, named, beside, image_size, patch_of(trunk))
-    known = heads or beside.get("num_attention_heads") or (tables[0].shape[1] if tables else HEADS.get(width))
+    known = heads or beside.get("num_attention_heads") or told_heads(first, tables) or HEADS.get(width)
     if known is None:
         reason = f"nothing tells how many heads a trunk of {width} channels has"
         raise ConfigError("--heads", heads, reason, "give their number: usually one per 64 channels")
     fixed = table is not None and rows < 2 and torch.equal(table, sincos(width, (grid, grid), rows))
     separate = attention + "q_bias" in first
     per_block = f"{attention}{TABLE}" in first
+    uses = [uses_of(trunk, block) for block in range(blocks)]
     model = Model(
         width=width,
-        depth=depth,
+        depth=sum(uses),
         heads=int(known),
         patch=patch_of(trunk),
         mlp_ratio=mlp.shape[0] / width,
@@ -156,12 +163,61 @@ def of_vit(
         distillation_token="dist_token" in trunk,
         registers=trunk["reg_token"].shape[1] if "reg_token" in trunk else 0,
         parallel=len(branches) or 1,
+        share=uses[0] if len(set(uses)) == 1 else 1,
+        groups=uses if len(set(uses)) > 1 else [],
+        head_mixing=mixing_of(first),
+        **irpe_of(first, attention, prefixed=named > 0 or "reg_token" in trunk),
+        **reattention_of(trunk, blocks),
         layer_scale=1e-5 if any(re.search(r"ls[12]?\.gamma$", name) for name in first) else None,
         qkv_bias=separate or attention + "qkv.bias" in first,
         key_bias=not separate,
         norm_eps=float(beside.get("layer_norm_eps", 1e-6)),
     )
     return Architecture(model, grid * patch_of(trunk), "names and shapes of the weights")
+
+
+def uses_of(trunk: Mapping[str, Tensor], block: int) -> int:
+    """How many consecutive blocks one module stands for: each use of a shared one has norms of its own."""
+    return sum(re.fullmatch(rf"blocks\.{block}\.norm1\.\d+\.weight", name) is not None for name in trunk) or 1
+
+
+def told_heads(first: Mapping[str, Tensor], tables: list[Tensor]) -> int | None:
+    """The number of heads, where a relative table or a map over heads of the first block has as many rows."""
+    maps = [value for name, value in first.items() if name.endswith(".weight") and "attn.proj_l." in name]
+    return tables[0].shape[1] if tables else maps[0].shape[0] if maps else None
+
+
+def mixing_of(first: Mapping[str, Tensor]) -> Any:
+    """MiniViT's maps over heads: none, or with or without a bias."""
+    maps = [name for name in first if "attn.proj_l." in name]
+    return "none" if not maps else "affine" if any(name.endswith(".bias") for name in maps) else "linear"
+
+
+def irpe_of(first: Mapping[str, Tensor], attention: str, prefixed: bool) -> dict[str, Any]:
+    """iRPE's options. Raises ConfigError where tables leave them open: only the published ratio is recognised.
+
+    prefixed: tokens stand before the patches, and have a bucket of their own.
+    """
+    tables = {name: value for name, value in first.items() if name.startswith(f"{attention}rpe_")}
+    if not tables:
+        return {}
+    on = "".join(letter for letter in "qkv" if any(name.startswith(f"{attention}rpe_{letter}") for name in tables))
+    name, table = next(iter(tables.items()))
+    buckets = table.shape[1 if "rpe_v" in name else -1] - prefixed
+    method = {(49, False): "product", (7, True): "cross"}.get((buckets, ".rp_" in name))
+    if method is None:
+        reason = f"iRPE tables of {buckets} buckets do not tell their method and ratio"
+        raise ConfigError("IN", name, reason, "say what it is by a run's config: model.irpe, model.irpe_ratio")
+    mode = "bias" if name.endswith("_bias") else "contextual"
+    return {"irpe": method, "irpe_on": on, "irpe_mode": mode, "irpe_shared": table.shape[0] == 1}
+
+
+def reattention_of(trunk: Mapping[str, Tensor], blocks: int) -> dict[str, Any]:
+    """DeepViT's re-attention, and in which blocks it is."""
+    having = sorted({int(name.split(".")[1]) for name in trunk if ".attn.reattention." in name})
+    if not having:
+        return {}
+    return {"attention": "reattention", "attention_blocks": [] if len(having) == blocks else having}
 
 
 def of_swin(trunk: Mapping[str, Tensor], image_size: int | None) -> Architecture:

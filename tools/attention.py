@@ -3,19 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.io import write_png
 
 import halfseen
 from halfseen.config import ConfigError
 from halfseen.models import ViT
 from halfseen.models.attention import Attention
-from halfseen.models.general import GeneralAttention
-from halfseen.models.rotary import rotate
 
 GAP = 4  # white pixels between pictures
 
@@ -36,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     see, augment = halfseen.transforms_for(model), model.described.augment
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in arguments.images:
+        if not path.is_file():
+            raise ConfigError("IMAGE", str(path), "there is no such file", "check the path")
         image = see(path)
         heads, spread = maps(model.encoder, image[None], arguments.block)
         scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (augment.std, augment.mean))
@@ -52,41 +52,41 @@ def maps(trunk: ViT, image: Tensor, block: int = -1) -> tuple[Tensor, Tensor]:
     Returns every head of one block, [B, heads, h, w], and the rollout over all blocks, [B, h, w]: each sums to at most
     1 over the patches (what is left goes to prefix tokens).
     """
+    if not -trunk.depth <= block < trunk.depth:
+        raise ConfigError("--block", block, f"the trunk has {trunk.depth} blocks", f"0 to {trunk.depth - 1}")
     weights = probabilities(trunk, image)
-    own, prefix = weights[block % trunk.depth], trunk.prefix
+    prefix = trunk.prefix
 
     def seen(of: Tensor) -> Tensor:
         asking = of[..., 0, :] if trunk.cls_token is not None else of[..., prefix:, :].mean(-2)
         return asking[..., prefix:].unflatten(-1, trunk.grid)
 
-    return seen(own), seen(rollout(weights))
+    return seen(weights[block]), seen(rollout(weights))
 
 
 def probabilities(trunk: ViT, image: Tensor) -> list[Tensor]:
-    """Attention of every block of a trunk to images [B, 3, H, W]: [B, heads, T, T], rows sum to 1."""
+    """What the softmax of every block makes of images [B, 3, H, W]: [B, heads, T, T], rows sum to 1.
+
+    Of a parallel block the heads of all branches. Maps that are mixed across heads are taken before that.
+    """
     attentions = [module for module in trunk.modules() if isinstance(module, Attention)]
-    for attention in attentions:
-        if type(attention) not in (Attention, GeneralAttention) or getattr(attention, "scores_are_seen", False):
-            raise refusal("the trunk changes scores between heads or by place, which is not drawn")
-    if len(attentions) != len(trunk.blocks):
-        raise refusal("blocks of several branches, or without attention over all tokens, are not drawn")
-    places = trunk.places()
-    found = []
-    for number, projected in sorted(trunk.trace(image, qkv=range(trunk.depth)).qkv.items()):
-        attention = attentions[number // trunk.cfg.share]
-        q, k, _ = attention._heads(projected, 3)
-        bias = None
-        if places is not None and isinstance(attention, GeneralAttention):
-            q, k = (part if places.rotation is None else rotate(part, places.rotation) for part in (q, k))
-            bias = attention._bias(places)
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        found.append((scores if bias is None else scores + bias).softmax(-1))
-    return found
+    branches = trunk.cfg.parallel
+    if len(attentions) != len(trunk.blocks) * branches:
+        reason = "some of its blocks do not weigh all tokens by a softmax, so there is no such map"
+        raise ConfigError("WEIGHTS", trunk.cfg.attention, reason, "use a trunk with model.attention=softmax")
+    found: list[Tensor] = []
 
+    def look(attention: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert isinstance(attention, Attention)
+        found.append(attention.probabilities(given[0], named.get("places"), named.get("repetition", 0)))
 
-def refusal(reason: str) -> ConfigError:
-    """Why this trunk cannot be drawn."""
-    return ConfigError("WEIGHTS", "", reason, "use a trunk with one softmax attention per block")
+    hooks = [attention.register_forward_pre_hook(look, with_kwargs=True) for attention in attentions]
+    try:
+        trunk(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(found[first : first + branches], dim=1) for first in range(0, len(found), branches)]
 
 
 def rollout(weights: Sequence[Tensor]) -> Tensor:

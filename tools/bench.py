@@ -1,4 +1,4 @@
-"""``halfseen bench step|data|finetune|engine|distill ...``: which benchmark, nothing else."""
+"""``halfseen bench step|data|augment|finetune|engine|distill ...``: which benchmark, nothing else."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ BENCHES = {
     "finetune": ("halfseen.tools.bench_finetune", "full against attention-only fine-tuning: time, memory, bytes"),
     "engine": ("halfseen.tools.bench_engine", "each engine's step over the plain one; what checkpoints cost"),
     "distill": ("halfseen.tools.bench_distill", "what a teacher costs, what a store and shared weights save"),
+    "augment": ("halfseen.tools.bench_augment", "each augmentation, in a worker and on the device"),
     "data": ("halfseen.tools.bench_data", "index, bytes, decode, loader and resume; against stock WebDataset"),
 }
 

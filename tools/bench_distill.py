@@ -12,21 +12,25 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from halfseen import distributed, engines, optim
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.data.writer import ShardWriter
 from halfseen.distributed import World
 from halfseen.models.sizes import resolve
-from halfseen.pretrain.distill import store, teacher, train
+from halfseen.pretrain import store
+from halfseen.pretrain.distill import store as answers
+from halfseen.pretrain.distill import teacher, train
 from halfseen.pretrain.distill.config import Distill
+from halfseen.pretrain.distill.masking import Masks
 from halfseen.pretrain.distill.student import Distilled
+from halfseen.recipes import load
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,9 +81,15 @@ def measure(config: Distill, world: World, batch: int, repeats: int, shares: Seq
         for share in [share for share in shares if depth % share == 0] if config.trunk == "vit" else [0]:
             name, chosen = (f"student s={share}", sharing(config, share)) if share else ("student", config)
             student, ask = train.create_student(chosen, live, live(image[:1]), replace(world, rank=1))  # says nothing
-            fits = ask(image, position, keys)
-            figures[name] = sizes(student) | {"gradients": shares_of_gradient(student, image, target, fits, world)}
-            jobs[name] = step_of(chosen, student, world, {"image": image, "target": target} | fits)
+            ready = {"image": image, "target": target} | ask(image, position, keys)
+            if student.hidden_patches is not None:
+                ready = Masks(chosen, student.hidden_patches.target)(ready, {"position": position})
+            engine = engine_of(chosen, student, world)
+            norms = engine.norms(ready, student.terms)
+            figures[name] = sizes(student) | {
+                "gradients": {term.removeprefix("loss_"): float(norm) for term, norm in norms.items()}
+            }
+            jobs[name] = partial(engine.step, [ready], 1e-4, 0)
         seconds = timed(jobs, repeats, world)
     return {
         "batch": batch,
@@ -96,17 +106,17 @@ def measure(config: Distill, world: World, batch: int, repeats: int, shares: Seq
 
 def keep(
     folder: Path, config: Distill, answer: teacher.Answer, keys: Sequence[str], world: World
-) -> tuple[float, store.Stored]:
+) -> tuple[float, answers.Stored]:
     """A store of one block with the answer to the batch; bytes per image, and its reader."""
     with ShardWriter(folder / store.shard_name(0)) as writer:
-        store.write_block(writer, 0, keys, answer, config.store)
+        store.write_block(writer, 0, keys, answers.packed(answer, config.store, len(keys)), {})
     size = (folder / store.shard_name(0)).stat().st_size / len(keys)
-    return size, store.Stored(folder, len(keys), len(keys), config.data.classes, world.device)
+    return size, answers.Stored(folder, len(keys), len(keys), config.data.classes, world.device)
 
 
 def sharing(config: Distill, share: int) -> Distill:
     """The same run with another group size."""
-    return replace(config, model=replace(config.model, share=share))
+    return replace(config, model=replace(config.model, share=share, groups=[]))
 
 
 def sizes(student: Distilled) -> dict[str, float]:
@@ -121,26 +131,9 @@ def sizes(student: Distilled) -> dict[str, float]:
     }
 
 
-def shares_of_gradient(
-    student: Distilled, image: Tensor, target: Tensor, answer: teacher.Answer, world: World
-) -> dict[str, float]:
-    """Norm of each term's own gradient over the whole student, as weighted in the loss."""
-    student.to(world.device).train()
-    norms = {}
-    terms = [name for name in student({"image": image, "target": target} | answer) if name.startswith("loss_")]
-    for name in terms:
-        student.zero_grad(set_to_none=True)
-        student({"image": image, "target": target} | answer)[name].backward()
-        gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
-        norms[name.removeprefix("loss_")] = torch.stack(torch._foreach_norm(gradients)).norm().item()
-    student.zero_grad(set_to_none=True)
-    return norms
-
-
-def step_of(config: Distill, student: Distilled, world: World, batch: dict[str, Any]) -> Callable[[], Any]:
-    """A whole training step of the student, its answers given."""
-    engine = engines.create(config.engine, student, config.optim, optim.groups(student, config.optim), world, 0)
-    return lambda: engine.step([batch], 1e-4, 0)
+def engine_of(config: Distill, student: Distilled, world: World) -> engines.Engine:
+    """The student in the engine that the config names."""
+    return engines.create(config.engine, student, config.optim, optim.groups(student, config.optim), world, 0)
 
 
 def timed(jobs: dict[str, Callable[[], Any]], repeats: int, world: World) -> dict[str, float]:
@@ -174,6 +167,7 @@ def table(result: dict[str, Any]) -> str:
             f"{batch / live:>6.1f} im/s{batch / stored:>6.1f} im/s"
         )
     for name, found in result["students"].items():
-        shares = ", ".join(f"{term} {value:.3g}" for term, value in found["gradients"].items())
+        norms = found["gradients"]
+        shares = ", ".join(f"{term} {norm:.3g} ({norm / sum(norms.values()):.0%})" for term, norm in norms.items())
         lines.append(f"{name}: gradient norm of each weighted term: {shares}")
     return "\n".join(lines)

@@ -28,11 +28,12 @@ from torch import Tensor
 from halfseen import config as options
 from halfseen import distributed, engines, optim, receipt
 from halfseen.checkpoint import Checkpoints
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.pretrain import objectives, targets
 from halfseen.pretrain.config import Pretrain
 from halfseen.pretrain.train import Prepare
+from halfseen.recipes import load
 
 from .bench_step import device_of, spread
 
@@ -247,7 +248,8 @@ class Job:
         side, batch = config.data.image_size, arguments.batch
         image = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
         prepare = Prepare(config, target, world.device)
-        self.batch = prepare({"image": image, "position": torch.arange(batch) * world.world + world.rank})
+        position = torch.arange(batch) * world.world + world.rank
+        self.batch = prepare({"image": image, "position": position, "key": [str(at) for at in position.tolist()]})
         self.images = batch * world.world
         groups = optim.groups(student, config.optim)
         if plain:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from halfseen import delta, engines, optim, receipt
-from halfseen.config import load
 from halfseen.distributed import World
 from halfseen.engines import Engine
 from halfseen.finetune.config import Finetune
 from halfseen.finetune.train import create_student
+from halfseen.recipes import load
 
 from .bench_step import Job, device_of, measure, paired, spread
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from halfseen import receipt
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.models import ViT
 from halfseen.monitor import peak_tflops
 from halfseen.pretrain import masks, objectives, targets
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import load
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 

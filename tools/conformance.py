@@ -41,13 +41,19 @@ def families() -> list[Family]:
 
 
 def family_of(case: Case, known: Sequence[Family]) -> Family:
-    """The family with the longest prefix of the case's name; it must also be of the code the case is from."""
-    named = [family for family in known if case.name.startswith(family.prefix)]
+    """The family with the longest prefix of the case's name; it must also be of the code the case is from.
+
+    The name is the one the case states, else its file's. One that no family has is told by its code, if that can tell.
+    """
+    name, repo, path = case.meta.get("case", case.name), case.meta.get("repo"), case.meta.get("path", "")
+    named = [family for family in known if name.startswith(family.prefix)]
+    same_code = [family for family in known if repo == family.repo and family.source in path]
+    if not named and len(same_code) == 1:
+        return same_code[0]
     if not named:
-        raise LookupError(f"no family of cases is called like this; known: {[f.prefix for f in known]}")
+        raise LookupError(f"no family of cases is called like this, {name}; known: {[f.prefix for f in known]}")
     family = max(named, key=lambda family: len(family.prefix))
-    repo, path = case.meta.get("repo"), case.meta.get("path", "")
-    if repo != family.repo or family.source not in path:
+    if family not in same_code:
         there = f"{family.repo}: {family.source}"
         raise LookupError(f"{family.prefix}_* comes from {there}, this case from {repo}: {path}")
     return family
@@ -64,6 +70,8 @@ def judge(path: Path, known: Sequence[Family]) -> Verdict:
         place = traceback.extract_tb(error.__traceback__)[-1]
         verdict.errors.append(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
         return verdict
+    if not verdict.checks:
+        verdict.errors.append("nothing was compared")
     compared = {check.name for check in verdict.checks}
     for name in case.outputs:
         if f"out/{name}" in compared:
@@ -110,15 +118,27 @@ def record(verdict: Verdict) -> dict[str, object]:
     }
 
 
+def states_config(path: Path) -> bool:
+    """Whether a json file is a case's; other files that lie about are named and passed over."""
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError:
+        return True  # judged, and refused with the place of the mistake
+    found = isinstance(meta, dict) and "config" in meta
+    if not found:
+        print(f"{path}: no case, it states no config")
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
-    """Judge every case of a folder; returns 1 if any fails or there is none."""
+    """Judge every case of a folder and of those in it; returns 1 if any fails or there is none."""
     parser = argparse.ArgumentParser(prog="halfseen conformance", description=__doc__)
     parser.add_argument("folder", type=Path, help="NAME.json and NAME.safetensors files")
     parser.add_argument("--only", default="*", metavar="GLOB", help="cases whose name matches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     arguments = parser.parse_args(argv)
-    files = sorted(arguments.folder.glob("*.json"))
-    cases = [path for path in files if fnmatch.fnmatch(path.stem, arguments.only)]
+    files = sorted(arguments.folder.rglob("*.json"))
+    cases = [path for path in files if fnmatch.fnmatch(path.stem, arguments.only) and states_config(path)]
     if not cases:
         print(f"error: no case {arguments.only} in {arguments.folder}", file=sys.stderr)
         return 1

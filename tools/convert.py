@@ -68,14 +68,21 @@ def convert(weights: Mapping[str, Tensor], source: Layout, destination: Layout) 
     return place(source.take(weights), source, destination)
 
 
-def place(ours: Mapping[str, Tensor], source: Layout, destination: Layout) -> Conversion:
-    """Weights under our names in the destination's, values untouched."""
-    placed = destination.from_ours(set(ours))
+def place(ours: Mapping[str, Tensor], source: Layout, destination: Layout, stage: str = "") -> Conversion:
+    """Weights under our names in the destination's, values untouched. stage: of the run they come from.
+
+    What a pretraining predicts are no classes: elsewhere its head would be taken for a classifier's, and is left out
+    unless a mask token beside it tells.
+    """
+    kept = dict(ours)
+    if stage == "pretrain" and destination.name != "halfseen" and "mask_token" not in ours:
+        kept = {name: value for name, value in ours.items() if not name.startswith("head.")}
+    placed = destination.from_ours(set(kept))
     sizes = {name: value.numel() * value.element_size() for name, value in ours.items()}
     return Conversion(
         source,
         destination,
-        destination.give(ours),
+        destination.give(kept),
         mapped={name: size for name, size in sizes.items() if name in placed},
         unused={name: size for name, size in sizes.items() if name not in placed},
     )
@@ -105,7 +112,7 @@ def fit(
     moved = {name: own[name] for name in report.resized if name in own}
     if not moved:
         return replace(result, new=new, covered=covered)
-    again = place(ours | moved, result.source, result.destination)
+    again = place(ours | moved, result.source, result.destination, architecture.stage)
     resized = {name: again.mapped.pop(name) for name in moved if name in again.mapped}
     return replace(again, resized=resized, new=new, covered=covered)
 
@@ -200,13 +207,14 @@ def main(argv: Sequence[str]) -> int:
     described = {"halfseen": halfseen.__version__, "layout": destination.name, "converted_from": source.name}
     described |= {"source": source_path.name, "source_sha256": digest(source_path), "part": arguments.part}
     if isinstance(architecture, Architecture):
+        result = place(ours, source, destination, architecture.stage)
         # Of our own weights what is proven is the file to be written, of others' what was read.
         theirs, layout = (result.weights, destination) if source.name == "halfseen" else (weights, source)
         proof = Proof("", "not asked for") if arguments.no_proof else prove_it(architecture, ours, theirs, layout)
         size = arguments.image_size or architecture.image_size
         result = fit(ours, architecture, size, arguments.coverage, result)
         described |= replace(architecture, image_size=size).described()
-    elif arguments.image_size or arguments.heads:
+    elif arguments.image_size or (arguments.heads and architecture.key != "IN"):
         raise architecture
     else:
         proof = Proof("", f"{architecture.reason} ({architecture.fix})")

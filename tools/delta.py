@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halfseen import delta
+from halfseen import delta, origin
 from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError
 
@@ -48,8 +49,8 @@ def make(arguments: argparse.Namespace) -> None:
     base, result = read_weights(arguments.base), read_weights(arguments.result, "ema" if arguments.ema else "model")
     tensors, header = delta.make(base, result, compress=arguments.compress)
     header.said = str(arguments.base)
-    config = arguments.result / "config.yaml"
-    header.config = config.read_text() if config.is_file() else ""
+    found = origin.of(arguments.result)
+    header.config = yaml.safe_dump(found.said) if found is not None else ""
     delta.write(arguments.out, tensors, header)
     whole = size(result)
     written = arguments.out.stat().st_size
@@ -66,7 +67,8 @@ def apply(arguments: argparse.Namespace) -> None:
     for path in arguments.deltas:
         weights = delta.apply(weights, path)
     # Tied weights share memory here, which the format has no word for: each name gets its own copy.
-    save_file({name: value.contiguous().clone() for name, value in weights.items()}, arguments.out)
+    whole = {name: value.contiguous().clone() for name, value in weights.items()}
+    save_file(whole, arguments.out, {"format": "pt", "config": delta.Header.read(arguments.deltas[-1]).config})
     print(f"wrote {arguments.out}: {len(weights)} tensors, {arguments.out.stat().st_size:,} bytes")
 
 

@@ -1,7 +1,7 @@
 """BEiT's and BEiT v2's pretraining students, from official weights: features, logits, losses, gradients."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from halfseen.config import Model
 from halfseen.layouts import LAYOUTS
 from halfseen.models import ViT
+from halfseen.models.relative import RelativeBias
 from halfseen.pretrain.beit2 import BEiT2, BEiT2Config
 from halfseen.pretrain.mim import MIM, MIMConfig
 from halfseen.pretrain.targets.codes import cross_entropy
@@ -19,10 +20,7 @@ UNILM = "microsoft/unilm"
 BEIT = (
     *TRUNK,
     *("vocab_size", "init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"),
-    "init_std",  # where weights start; the case has its own
 )
-# Rates do nothing in the reference run unless it trains with them, which random draws would make incomparable.
-IDLE = ("drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 class CodeLoss:
@@ -36,25 +34,31 @@ class CodeLoss:
         return cross_entropy(prediction, target, weight)
 
 
-def beit_trunk(config: Mapping[str, Any], **parts: Any) -> Model:
+def beit_model(config: Mapping[str, Any]) -> Model:
     """Our Model for the arguments of BEiT's classes. LayerScale is where init_values is above 0, as there."""
-    relative: Literal["none", "shared", "block"] = "block" if config.get("use_rel_pos_bias") else "none"
-    relative = "shared" if config.get("use_shared_rel_pos_bias") else relative
+    relative = "shared" if config.get("use_shared_rel_pos_bias", False) else "none"
     return trunk(
         config,
         position="learned" if config.get("use_abs_pos_emb", True) else "none",
-        relative=relative,
+        relative="block" if config.get("use_rel_pos_bias", False) else relative,
         key_bias=False,
         layer_scale=config["init_values"] if (config.get("init_values") or 0) > 0 else None,
-        **parts,
     )
+
+
+def beit_trunk(config: Mapping[str, Any]) -> ViT:
+    """Our trunk for the arguments of BEiT's classes. They allow a table of all blocks beside each one's own."""
+    encoder = ViT(beit_model(config), image_size(config))
+    if config.get("use_rel_pos_bias") and config.get("use_shared_rel_pos_bias"):
+        encoder.rel_pos_bias = RelativeBias(encoder.size.heads, encoder.grid, encoder.prefix)
+    return encoder
 
 
 def pretrain(case: Case) -> list[Check]:
     """BEiT: logits of all and of hidden patches, loss, accuracy, gradients."""
     config = case.config
-    refuse_unknown(config, (*BEIT, *IDLE))
-    encoder = ViT(beit_trunk(config), image_size(config))
+    refuse_unknown(config, BEIT)
+    encoder = beit_trunk(config)
     mask = case.inputs["mask"].flatten(1).bool()
     hidden = int(mask.sum(1).max())
     target: Any = CodeLoss(config["vocab_size"])
@@ -79,14 +83,14 @@ def aggregate(case: Case) -> list[Check]:
     """BEiT v2: both branches' features and logits, both losses, gradients of their sum."""
     config = case.config
     own = ("early_layers", "head_layers", "shared_lm_head")
-    refuse_unknown(config, (*BEIT, *IDLE, *own))
-    encoder = ViT(beit_trunk(config), image_size(config))
+    refuse_unknown(config, (*BEIT, *own))
+    encoder = beit_trunk(config)
     mask = case.inputs["mask"].flatten(1).bool()
     cfg = BEiT2Config(
         mean="patch",
-        early=config["early_layers"],
-        extra=config["head_layers"],
-        shared_head=config["shared_lm_head"],
+        early=config.get("early_layers", 6),
+        extra=config.get("head_layers", 2),
+        shared_head=config.get("shared_lm_head", True),
     )
     target: Any = CodeLoss(config["vocab_size"])
     student = BEiT2(encoder, cfg, int(mask.sum(1).max()), target)

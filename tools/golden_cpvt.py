@@ -1,17 +1,14 @@
 """CPVT: one positional encoding generator, and the pyramid of CPVT-v2."""
 
-import re
-
 from torch import nn
 
 from halfseen.layouts import LAYOUTS
 from halfseen.models.peg import PEG
 from halfseen.models.pyramid import Pyramid, Stage
 
-from .golden import Case, Check, Family, gradients, image_size, load, outputs, refuse_unknown
+from .golden import NOISE, Case, Check, Family, epsilon, gradients, image_size, load, outputs, refuse_unknown
 
 REPO = "Meituan-AutoML/Twins"
-DROP = ("drop_rate", "attn_drop_rate", "drop_path_rate")  # without effect: what is stored was not drawn
 
 
 def generator(case: Case) -> list[Check]:
@@ -35,9 +32,7 @@ def whole(case: Case) -> list[Check]:
     """Features and scores of the pyramid, and gradients."""
     config = case.config
     listed = ("embed_dims", "num_heads", "mlp_ratios", "depths", "sr_ratios")
-    refuse_unknown(
-        config, ("img_size", "patch_size", "in_chans", "num_classes", "qkv_bias", "norm_layer", *listed, *DROP)
-    )
+    refuse_unknown(config, ("img_size", "patch_size", "in_chans", "num_classes", "qkv_bias", "norm_layer", *listed))
     if config.get("in_chans", 3) != 3:
         raise ValueError(f"in_chans={config['in_chans']}: only RGB")
     widths, heads, ratios, depths, reductions = (config[name] for name in listed)
@@ -45,14 +40,13 @@ def whole(case: Case) -> list[Check]:
         Stage(width, depth, head, ratio, reduction)
         for width, depth, head, ratio, reduction in zip(widths, depths, heads, ratios, reductions)
     )
-    eps = re.search(r"eps=([0-9.e-]+)", config.get("norm_layer", ""))
     student = nn.Module()
     student.encoder = Pyramid(
         image_size(config),
         stages,
         config["patch_size"],
         qkv_bias=config.get("qkv_bias", False),
-        norm_eps=float(eps[1]) if eps else 1e-5,
+        norm_eps=epsilon(config.get("norm_layer", "LayerNorm")),
     )
     student.head = nn.Linear(widths[-1], config["num_classes"])
     load(student, case, LAYOUTS["cpvt"])
@@ -61,7 +55,7 @@ def whole(case: Case) -> list[Check]:
     loss = (logits * case.inputs["loss_weight"]).sum()
     loss.backward()
     actual = {"features": features, "logits": logits, "loss": loss}
-    return outputs(case, actual | gradients(student, LAYOUTS["cpvt"]))
+    return outputs(case, actual | gradients(student, LAYOUTS["cpvt"]), NOISE)
 
 
 FAMILIES = (

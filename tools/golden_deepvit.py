@@ -62,26 +62,23 @@ def student_of(case: Case) -> Classifier:
 def whole(case: Case) -> list[Check]:
     """Features, scores and loss in evaluation and in training, gradients, statistics after one step."""
     refuse_unknown(case.config, READ)
-    student = student_of(case)
-    image, labels = case.inputs["images"], case.inputs["labels"]
-    actual: dict[str, torch.Tensor] = {}
+    labels = case.inputs["labels"]
     with torch.no_grad():
-        actual |= student.eval()({"image": image, "task": "predict"})
+        actual = student_of(case).eval()({"image": case.inputs["images"], "task": "predict"})
         actual["loss"] = F.cross_entropy(actual["logits"], labels)
-        trained = student.train()({"image": image, "task": "predict"})
-        loss = F.cross_entropy(trained["logits"], labels)
-    actual |= {f"train_{name}": value for name, value in trained.items()} | {"train_loss": loss}
-    after = LAYOUT.give(student.state_dict())
-    actual |= {f"after_one_train_step/{name}": value for name, value in after.items()}
-    return outputs(case, actual | exact_gradients(in_double(case)))
+    return outputs(case, actual | training(in_double(case)))
 
 
-def exact_gradients(case: Case) -> dict[str, torch.Tensor]:
-    """The gradients of the training loss, in float64."""
+def training(case: Case) -> dict[str, torch.Tensor]:
+    """Features, scores, loss and gradients in training, statistics after it."""
     student = student_of(case).train()
     predicted = student({"image": case.inputs["images"], "task": "predict"})
-    F.cross_entropy(predicted["logits"], case.inputs["labels"]).backward()
-    return gradients(student, LAYOUT)
+    loss = F.cross_entropy(predicted["logits"], case.inputs["labels"])
+    loss.backward()
+    found = {f"train_{name}": value for name, value in predicted.items()} | {"train_loss": loss}
+    after = LAYOUT.give(student.state_dict())
+    found |= {f"after_one_train_step/{name}": value for name, value in after.items()}
+    return found | gradients(student, LAYOUT)
 
 
 FAMILIES = (Family("deepvit", "zhoudaquan/dvit_repo", "deep_vision_transformer.py", whole),)

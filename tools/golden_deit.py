@@ -1,18 +1,22 @@
 """DeiT III's cases: the hMLP stem alone, and the ViT with LayerScale, parallel blocks or that stem."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from halfseen.classification import Task
 from halfseen.classification.classifier import Classifier
 from halfseen.classification.mixing import soft_targets
+from halfseen.config import Model
 from halfseen.layouts import LAYOUTS
 from halfseen.models import ViT
 from halfseen.models.stem import HMLPStem
 from halfseen.selection import freeze
 
 from .golden import (
+    NOISE,
     TRUNK,
     Case,
     Check,
@@ -20,6 +24,7 @@ from .golden import (
     exact,
     gradients,
     image_size,
+    in_double,
     load,
     names,
     number_in,
@@ -43,18 +48,13 @@ def stem(case: Case) -> list[Check]:
     """The stem alone: evaluation, training, statistics after one step, gradients, independence of patches."""
     config = case.config
     refuse_unknown(config, ("embed_dim", "img_size", "patch_size", "norm"))
-    module = HMLPStem(config["embed_dim"], config["patch_size"], *norm_of(config["norm"]))
-    student = torch.nn.Module()
-    student.encoder = torch.nn.Module()
-    student.encoder.patch_embed = module
-    load(student, case, LAYOUTS["deit_stem"])
-
-    image, later = case.inputs["images"], case.inputs["images2"]
     actual: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        module.eval()
-        actual["eval_before"] = module(image)
-    module.train()
+        actual["eval_before"] = stem_of(case).encoder.patch_embed.eval()(case.inputs["images"])
+    case = in_double(case)
+    student = stem_of(case)
+    module = student.encoder.patch_embed
+    image, later = case.inputs["images"], case.inputs["images2"]
     actual["train"] = module(image)
     actual["loss"] = (actual["train"] * case.inputs["loss_weight"]).sum()
     actual["loss"].backward()
@@ -70,8 +70,19 @@ def stem(case: Case) -> list[Check]:
     moved = (actual["eval_after"] != actual["eval_after_changed_patch"]).any(-1)
     alone = torch.zeros_like(moved)
     alone[:, row * grid_width + column] = True
-    found = outputs(case, actual | statistics | gradients(student, LAYOUTS["deit_stem"]))
+    found = outputs(case, actual | statistics | gradients(student, LAYOUTS["deit_stem"]), NOISE)
     return [*found, exact("tokens that one changed patch changes", moved, alone)]
+
+
+def stem_of(case: Case) -> Any:
+    """A student that is its trunk's stem alone, with the case's weights, in their type."""
+    config = case.config
+    student: Any = torch.nn.Module()
+    student.encoder = torch.nn.Module()
+    student.encoder.patch_embed = HMLPStem(config["embed_dim"], config["patch_size"], *norm_of(config["norm"]))
+    student.to(case.inputs["images"].dtype)
+    load(student, case, LAYOUTS["deit_stem"])
+    return student
 
 
 def norm_of(text: str) -> tuple[str, float]:
@@ -97,28 +108,17 @@ def changed_patch(case: Case) -> tuple[int, int]:
 def whole(case: Case) -> list[Check]:
     """Features, scores and loss in evaluation and in training, and gradients of the training loss."""
     config = case.config
-    # init_scale is where LayerScale starts; the case has its own weights.
-    refuse_unknown(config, (*TRUNK, "num_classes", "block", "stem", "init_scale"))
-    branches, scaled = BLOCKS[config.get("block", "Block")]
-    model = trunk(
-        config,
-        position_on_class=False,
-        parallel=branches,
-        layer_scale=1e-4 if scaled else None,
-        stem=STEMS[config.get("stem", "patch")],
-        stem_norm="batch",
-    )
-    student = Classifier(ViT(model, image_size(config)), Task(pool="class"), config["num_classes"])
-    load(student, case, LAYOUTS["deit"])
+    refuse_unknown(config, (*TRUNK, "num_classes", "block", "stem"))
     smoothing = number_in(" ".join(case.meta["meaning"].values()), r"smoothing ([0-9.]+)")
     target = soft_targets(case.inputs["labels"], config["num_classes"], smoothing)
-    image = case.inputs["images"]
     actual: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        student.eval()
+        student, image = student_of(case).eval(), case.inputs["images"]
         actual |= student({"image": image, "task": "predict"})
         actual["loss"] = student({"image": image, "target": target})["loss"]
-        student.train()
+    case = in_double(case)
+    student, image, target = student_of(case), case.inputs["images"], target.double()
+    with torch.no_grad():
         predicted = student({"image": image, "task": "predict"})
         actual |= {f"train_{name}": value for name, value in predicted.items()}
     actual["train_loss"] = student({"image": image, "target": target})["loss"]
@@ -128,6 +128,28 @@ def whole(case: Case) -> list[Check]:
         chosen = freeze(student, "attention", strict_official=True).trained
         found.append(names("attn_only_trainable", LAYOUTS["deit"].give(chosen), case.meta["attn_only_trainable"]))
     return found
+
+
+def model_of(config: Mapping[str, Any]) -> Model:
+    """Our Model for the arguments of models_v2's class."""
+    branches, scaled = BLOCKS[config.get("block", "Block")]
+    return trunk(
+        config,
+        position_on_class=False,
+        parallel=branches,
+        layer_scale=1e-4 if scaled else None,
+        stem=STEMS[config.get("stem", "patch")],
+        stem_norm="batch",
+    )
+
+
+def student_of(case: Case) -> Classifier:
+    """Our classifier with the case's weights, in their type."""
+    config = case.config
+    student = Classifier(ViT(model_of(config), image_size(config)), Task(pool="class"), config["num_classes"])
+    student.to(case.inputs["images"].dtype)
+    load(student, case, LAYOUTS["deit"])
+    return student
 
 
 FAMILIES = (

@@ -25,31 +25,22 @@ from .golden import (
     numbers,
     outputs,
     refuse_unknown,
-    trunk,
 )
-from .golden_deit import BLOCKS, STEMS
+from .golden_beit import UNILM, beit_trunk
+from .golden_deit import model_of
 from .golden_rates import SIZES, compare_groups
 
-DEIT, UNILM = "facebookresearch/deit", "microsoft/unilm"
+DEIT = "facebookresearch/deit"
 LAYOUT = LAYOUTS["deit"]
 
 
 def attention_only(case: Case) -> list[Check]:
     """A checkpoint moved to a larger grid, DeiT's own choice of what trains, scores, loss and gradients."""
     config = case.config
-    refuse_unknown(config, (*TRUNK, "src_img", "dst_img", "num_classes", "block", "stem", "init_scale"))
-    branches, scaled = BLOCKS[config.get("block", "Block")]
-    model = trunk(
-        config,
-        position_on_class=False,
-        parallel=branches,
-        layer_scale=1e-4 if scaled else None,
-        stem=STEMS[config.get("stem", "patch")],
-        stem_norm="batch",
-    )
+    refuse_unknown(config, (*TRUNK, "src_img", "dst_img", "num_classes", "block", "stem"))
     task = Task(pool="class", train="attention", strict_official=True)
     size = image_size({"img_size": config["dst_img"]})
-    student = Classifier(ViT(model, size), task, config["num_classes"])
+    student = Classifier(ViT(model_of(config), size), task, config["num_classes"])
     initialise(student, case.state, coverage=1.0)
     target = soft_targets(case.inputs["labels"], config["num_classes"], 0.0)
     student.eval()
@@ -125,8 +116,8 @@ def beit(text: str) -> Classifier:
 
 
 BEIT_MODEL = (
-    *("num_classes", "init_values", "init_scale", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"),
-    *("use_mean_pooling", "drop_rate", "attn_drop_rate", "drop_path_rate"),  # the case is without dropping
+    *("num_classes", "init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"),
+    "use_mean_pooling",
 )
 
 
@@ -134,18 +125,8 @@ def classify(case: Case) -> list[Check]:
     """BEiT's fine-tuning model: tokens after each block, features, scores, loss and gradients."""
     config, layout = case.config, LAYOUTS["beit"]
     refuse_unknown(config, (*TRUNK, *BEIT_MODEL))
-    shared, block = config.get("use_shared_rel_pos_bias"), config.get("use_rel_pos_bias")
-    if shared and block:
-        raise ValueError("a table for all blocks and one for each: the trunk has one kind")
-    model = trunk(
-        config,
-        position="learned" if config.get("use_abs_pos_emb", True) else "none",
-        relative="shared" if shared else "block" if block else "none",
-        key_bias=False,
-        layer_scale=config.get("init_values") or None,
-    )
     task = Task(pool="mean" if config.get("use_mean_pooling", True) else "class")
-    student = Classifier(ViT(model, image_size(config)), task, config["num_classes"]).eval()
+    student = Classifier(beit_trunk(config), task, config["num_classes"]).eval()
     load(student, case, layout)
     image = case.inputs["images"]
     with torch.no_grad():

@@ -31,6 +31,7 @@ from .golden import (
     outputs,
     refuse_unknown,
     trunk,
+    whole_ratio,
 )
 
 REPO = "facebookresearch/mae"
@@ -48,14 +49,15 @@ STEPS = (
 def student_of(case: Case) -> tuple[MAE, Pixels]:
     """Our MAE and its target from the arguments of the original class, with the case's weights."""
     config = case.config
+    width = config.get("decoder_embed_dim", 512)
     cfg = MAEConfig(
-        decoder_width=config["decoder_embed_dim"],
-        decoder_depth=config["decoder_depth"],
-        decoder_heads=config["decoder_num_heads"],
-        decoder_mlp_ratio=config.get("mlp_ratio", 4.0),
+        decoder_width=width,
+        decoder_depth=config.get("decoder_depth", 8),
+        decoder_heads=config.get("decoder_num_heads", 16),
+        decoder_mlp_ratio=whole_ratio(width, config.get("mlp_ratio", 4.0)),
     )
     encoder = ViT(trunk(config, position="sincos"), image_size(config))
-    target = Pixels(encoder.patch, config["norm_pix_loss"])
+    target = Pixels(encoder.patch, config.get("norm_pix_loss", False))
     student = MAE(encoder, cfg, Mask(ratio=config.get("mask_ratio", 0.75)).hidden(encoder.tokens), target)
     load(student, case, LAYOUT)
     return student, target
@@ -95,10 +97,9 @@ def pretrain(case: Case) -> list[Check]:
 def finetune(case: Case) -> list[Check]:
     """Features, scores, both losses and gradients of the fine-tuning ViT."""
     config = case.config
-    # Everything here is in evaluation mode, so the original's drop rates have no effect.
-    refuse_unknown(config, (*TRUNK, "global_pool", "num_classes", "drop_rate", "drop_path_rate"))
+    refuse_unknown(config, (*TRUNK, "global_pool", "num_classes"))
     encoder = ViT(trunk(config), image_size(config))
-    task = Task(pool="mean" if config["global_pool"] else "class")
+    task = Task(pool="mean" if config.get("global_pool", False) else "class")
     student = Classifier(encoder, task, config["num_classes"]).eval()
     load(student, case, LAYOUT)
     image, labels = case.inputs["images"], case.inputs["labels"]

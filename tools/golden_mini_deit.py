@@ -15,15 +15,13 @@ from .golden_distill import targets_of
 
 LAYOUT = LAYOUTS["mini_deit"]
 PARTS = ("use_cls_token", "repeated_times", "use_transform", "rpe_config", "num_classes", "alpha", "tau")
-# Everything here is compared in evaluation mode or without drop rates.
-RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate")
 RPE = ("ratio", "method", "mode", "shared_head", "skip", "rpe_on")
 
 
 def mini_deit(case: Case) -> list[Check]:
     """Features, scores, the three losses, and gradients of the soft one."""
     config, given = case.config, case.inputs
-    refuse_unknown(config, (*TRUNK, *PARTS, *RATES))
+    refuse_unknown(config, (*TRUNK, *PARTS))
     model = trunk(
         config,
         class_token=config.get("use_cls_token", True),

@@ -17,8 +17,8 @@ from .golden import Case, Check, Family, epsilon, gradients, outputs, refuse_unk
 
 LAYOUT = LAYOUTS["mini_swin"]
 TASK = Task(pool="norm_mean")
-COMMON = ("img_size", "patch_size", "window_size", "drop_path_rate", "mlp_ratio", "qkv_bias", "norm_layer", "in_chans")
-SWIN = ("embed_dim", "depths", "num_heads", "patch_norm", "drop_rate", "attn_drop_rate")
+COMMON = ("img_size", "patch_size", "window_size", "mlp_ratio", "qkv_bias", "norm_layer", "in_chans")
+SWIN = ("embed_dim", "depths", "num_heads", "ape", "patch_norm")
 MINI = ("separate_layer_num_list", "is_sep_layernorm", "is_transform_FFN", "is_transform_heads", "is_student")
 LOSSES = ("Ar", "alpha", "temperature", "hidden_weight", "qkv_weight", "student_layer_list", "teacher_layer_list")
 
@@ -131,6 +131,8 @@ def swin_of(config: Mapping[str, Any], side: str) -> Any:
         local_conv=own.get("is_transform_FFN", False),
         mask_unshifted=side == "student",
         conv_on_norm=True,
+        patch_norm=own.get("patch_norm", True),
+        absolute=own.get("ape", False),
     )
     return Swin(cfg, own["img_size"])
 

@@ -1,5 +1,6 @@
 """Learning rates: MAE's and timm's schedules, and layer-wise decay with weight-decay groups."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from halfseen.classification.classifier import Classifier
 from halfseen.config import Model, Optim
 from halfseen.layouts import LAYOUTS, Layout
 from halfseen.models import ViT
+from halfseen.pretrain.distill.config import Distillation
+from halfseen.pretrain.distill.student import Distilled
 
 from .golden import Case, Check, Family, names, number_in, numbers, refuse_unknown
 
@@ -45,10 +48,11 @@ def mae_schedule(case: Case) -> list[Check]:
 
 def timm_schedule(case: Case) -> list[Check]:
     """Every row of every table, and the number of epochs the constructor returned."""
+    old = tuple(int(part) for part in (case.meta.get("timm") or "1.0").split(".")[:2]) < (0, 5)
     checks = []
     for number, table in enumerate(case.meta["data"]):
         args = table["args"]
-        options, epochs = timm_options(table["constructor"], args)
+        options, epochs = timm_options(table["constructor"], args, old)
         bases = (args["lr"], args["lr"] / 2)
         actual: list[float] = []
         expected: list[float] = []
@@ -57,12 +61,21 @@ def timm_schedule(case: Case) -> list[Check]:
                 actual += bases  # without a warm-up nothing is set before the first step
             else:
                 now = 0 if time == "init" else time
-                actual += [optim.timm_cosine(now, base, **options) for base in bases]
+                actual += [(old_cosine if old else optim.timm_cosine)(now, base, **options) for base in bases]
             expected += rates
         checks.append(numbers(f"data/{number}", actual, expected))
         if table["total_epochs_returned"] is not None:
             checks.append(numbers(f"data/{number}/total_epochs", [epochs], [table["total_epochs_returned"]]))
     return checks
+
+
+def old_cosine(time: float, peak: float, *, cycle_decay: float, **options: Any) -> float:
+    """As timm's cosine before 0.5: its cycles lower the floor too, except the one that is left behind the last."""
+    rate = optim.timm_cosine(time, peak, **options)
+    left, length, cycle = time - (options["warmup"] if options.get("prefix") else 0), options["length"], 0
+    while left >= length:
+        left, length, cycle = left - length, length * options["cycle_stretch"], cycle + 1
+    return rate * cycle_decay**cycle if time >= options["warmup"] and cycle < options["cycles"] else rate
 
 
 # What each of timm's constructors calls our options; the first name that is given counts.
@@ -84,6 +97,10 @@ CONSTRUCTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "start": ("warmup_lr",),
         "floor": ("min_lr",),
         "prefix": ("warmup_prefix",),
+        "cycles": ("lr_cycle_limit",),
+        "cycle_stretch": ("lr_cycle_mul",),
+        "cycle_decay": ("lr_cycle_decay",),
+        "k_decay": ("lr_k_decay",),
     },
     "create_scheduler_v2": {
         "length": ("num_epochs",),
@@ -91,27 +108,42 @@ CONSTRUCTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "start": ("warmup_lr",),
         "floor": ("min_lr",),
         "prefix": ("warmup_prefix",),
+        "cycles": ("cycle_limit",),
+        "cycle_stretch": ("cycle_mul",),
+        "cycle_decay": ("cycle_decay",),
+        "k_decay": ("k_decay",),
     },
 }
-# Without effect on a cosine's rows: times are in the scheduler's own unit, the rest is for other schedules.
+FACTORY = {"start": 1e-5, "cycle_decay": 0.1}  # defaults of the two functions that differ from the class's
+# For other schedules, or read where they are needed; times are in the scheduler's own unit.
 IGNORED = {"lr", "t_in_epochs", "sched", "cooldown_epochs", "decay_epochs", "patience_epochs", "decay_rate"}
 IGNORED |= {"lr_noise_pct", "lr_noise_std", "noise_pct", "noise_std", "noise_seed", "seed"}
+IGNORED |= {"step_on_epochs", "sched_on_updates", "updates_per_epoch", "decay_milestones", "initialize"}
 
 
-def timm_options(constructor: str, args: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
-    """Our timm_cosine's options for one of timm's constructors, and the epochs of the run it returns."""
+def timm_options(constructor: str, args: Mapping[str, Any], old: bool) -> tuple[dict[str, Any], float]:
+    """Our timm_cosine's options for a constructor of timm, before 0.5 if old, and the epochs of the run it returns."""
     if constructor not in CONSTRUCTORS:
         raise ValueError(f"constructor {constructor!r} is not known")
     if args.get("sched", "cosine") != "cosine":
         raise ValueError(f"sched={args['sched']!r}: only the cosine is implemented")
     read = CONSTRUCTORS[constructor]
     refuse_unknown(args, {name for given in read.values() for name in given} | IGNORED)
-    options: dict[str, Any] = {"warmup": 0, "cycles": 1}
+    function = constructor != "CosineLRScheduler"
+    options: dict[str, Any] = {"warmup": 0, "cycles": 1, "cycle_stretch": 1.0, "cycle_decay": 1.0}
+    options |= FACTORY if function else {"cycles": 0 if old else 1}
     for ours, theirs in read.items():
         given = [args[name] for name in theirs if name in args]
         options |= {ours: given[0]} if given else {}
-    epochs = options["length"] + (options["warmup"] if options.get("prefix") else 0)
-    return options, epochs + args.get("cooldown_epochs", 0)
+    if old and function:
+        options["cycle_decay"] = args.get("decay_rate", 1.0)
+    length = sum(options["length"] * options["cycle_stretch"] ** cycle for cycle in range(max(1, options["cycles"])))
+    epochs = math.floor(length + 1e-9) + (options["warmup"] if options.get("prefix") else 0)
+    epochs += args.get("cooldown_epochs", 0)
+    if old:
+        options["cycles"] = options["cycles"] or math.inf
+    unit = 1 if args.get("step_on_epochs", not args.get("sched_on_updates", False)) else args["updates_per_epoch"]
+    return options | {name: options[name] * unit for name in ("length", "warmup")}, epochs
 
 
 def layer_decay(case: Case) -> list[Check]:
@@ -119,15 +151,17 @@ def layer_decay(case: Case) -> list[Check]:
     config, data = case.config, case.meta["data"]
     refuse_unknown(config, ("model", "layer_decay", "weight_decay", "no_weight_decay"))
     rule: Literal["timm", "mae"] = "timm" if case.meta["repo"] == TIMM else "mae"
-    student = classifier(config["model"])
+    layered_data = data.get("layer_decay", data)
+    student = classifier(config["model"], "mean" if "fc_norm.weight" in layered_data else "class")
     cfg = Optim(weight_decay=config["weight_decay"], layer_decay=config["layer_decay"])
-    depth, exempt = student.encoder.depth, config["no_weight_decay"]
+    depth, exempt = student.encoder.depth, {name.rpartition(".")[2] for name in config["no_weight_decay"]}
     layered = optim.groups(student, cfg, optim.trunk_layers(depth, rule), depth + 1, exempt)
-    checks = compare_groups("layer_decay", layered, data.get("layer_decay", data), LAYOUTS[rule])
+    layout = LAYOUTS["timm_beit" if config["model"].startswith("beit") else rule]
+    checks = compare_groups("layer_decay", layered, layered_data, layout)
     if "plain" in data:
         plain = optim.groups(student, Optim(weight_decay=config["weight_decay"]), exempt=exempt)
         expected = {name: [1.0, decay] for name, decay in data["plain"].items()}
-        checks += compare_groups("plain", plain, expected, LAYOUTS[rule])
+        checks += compare_groups("plain", plain, expected, layout)
     return checks
 
 
@@ -141,16 +175,31 @@ def compare_groups(title: str, groups: list[optim.Group], expected: Mapping[str,
     return [names(f"data/{title}/names", theirs, expected), numbers(f"data/{title}", flat, wanted)]
 
 
-def classifier(text: str) -> Classifier:
-    """The model that a case names, e.g. ``vit_base_patch16 global_pool``, without memory for its weights."""
-    found = re.match(r"vit_([a-z]+)_patch(\d+)(?:_(\d+))?", text)
-    if not found or found[1] not in SIZES:
-        raise ValueError(f"model {text!r} is not a plain ViT of a known size")
-    classes = re.search(r"(\d+) classes", text)
-    model = Model(size=SIZES[found[1]], patch=int(found[2]))
-    task = Task(pool="mean" if "global_pool" in text else "class")
+# What sets the models of timm's names apart from a plain ViT.
+KINDS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "deit": {},
+    "deit3": {"layer_scale": 1e-6, "position_on_class": False},
+    "beit": {"layer_scale": 0.1, "position": "none", "relative": "block", "key_bias": False},
+    "beitv2": {"layer_scale": 1e-5, "position": "none", "relative": "block", "key_bias": False},
+}
+NAME = r"([a-z]+\d?)_([a-z]+)(_distilled)?_patch(\d+)(?:_(\d+)x(\d+))?(?:_(\d+))?(?![\dx])"
+
+
+def classifier(text: str, pool: Literal["mean", "class"]) -> Classifier:
+    """The model that a case names, e.g. ``vit_base_patch16_224, 10 classes``, without memory for its weights."""
+    found = re.match(NAME, text)
+    if not found or found[1] not in KINDS or found[2] not in SIZES:
+        raise ValueError(f"model {text!r} is not a ViT of a known kind {list(KINDS)} and size {list(SIZES)}")
+    kind, size, distilled, patch, depth, branches, side = found.groups()
+    model = Model(size=SIZES[size], patch=int(patch), distillation_token=bool(distilled), **KINDS[kind])
+    if depth:
+        model.depth, model.parallel, model.layer_scale = int(depth), int(branches), 1e-5
+    named = re.search(r"(\d+) classes", text)
+    classes, task = int(named[1]) if named else 1000, Task(pool=pool)
     with torch.device("meta"):
-        return Classifier(ViT(model, int(found[3] or 224)), task, int(classes[1]) if classes else 1000)
+        trunk = ViT(model, int(side or 224))
+        return Distilled(trunk, task, classes, Distillation()) if distilled else Classifier(trunk, task, classes)
 
 
 FAMILIES = (

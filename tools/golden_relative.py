@@ -1,6 +1,9 @@
 """Relative position tables moved to another grid, as BEiT's fine-tuning script does it."""
 
+import re
 from types import SimpleNamespace
+
+from torch import Tensor
 
 from halfseen.layouts import in_trunk
 from halfseen.models.relative import geometric, whole
@@ -16,11 +19,7 @@ def interpolation(case: Case) -> list[Check]:
     """Every table of the fine-tuning model, through what init does with a checkpoint; and the places it is read at."""
     config = case.config
     refuse_unknown(config, READ)
-    shared = config.get("shared_table", False)
-    given = {
-        f"encoder.rel_pos_bias.{RELATIVE}" if shared and name == "table" else in_trunk(name): value
-        for name, value in case.inputs.items()
-    }
+    given = tables(case)
     own = {in_trunk(name): value for name, value in case.outputs.items()}
     unshare_relative(own, given)
     trunk = SimpleNamespace(grid=grid_of(config["dst_grid"]))
@@ -38,6 +37,19 @@ def interpolation(case: Case) -> list[Check]:
     if "dst_positions" in config:
         checks.append(numbers("config/dst_positions", whole(target).tolist(), config["dst_positions"]))
     return checks
+
+
+def tables(case: Case) -> dict[str, Tensor]:
+    """The checkpoint's tables under our names: ``table`` is that of all blocks, or one that each of them has."""
+    found = {in_trunk(name): value for name, value in case.inputs.items() if not name.startswith("table")}
+    for name, value in case.inputs.items():
+        if name == "table" and case.config.get("shared_table", False):
+            found[f"encoder.rel_pos_bias.{RELATIVE}"] = value
+        elif name == "table":
+            found |= {in_trunk(output): value for output in case.outputs}
+        elif numbered := re.fullmatch(r"table_?(\d+)", name):
+            found[f"encoder.blocks.{numbered[1]}.attn.{RELATIVE}"] = value
+    return found
 
 
 FAMILIES = (Family("beit_relbias_interp", "microsoft/unilm", "run_class_finetuning.py", interpolation),)

@@ -7,41 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from halfseen.layouts import LAYOUTS
-from halfseen.models import ViT
 from halfseen.models.swin import Swin, SwinConfig
 from halfseen.pretrain.mim import MIM, MIMConfig
 from halfseen.pretrain.patches import unpatchify
 from halfseen.pretrain.simmim import SimMIM
 from halfseen.pretrain.targets import Pixels
 
-from .golden import TRUNK, Case, Check, Family, epsilon, gradients, image_size, outputs, refuse_unknown, trunk
+from .golden import TRUNK, Case, Check, Family, epsilon, gradients, image_size, outputs, refuse_unknown
+from .golden_beit import beit_trunk
 
 REPO = "microsoft/SimMIM"
 LAYOUT = LAYOUTS["simmim"]
-OBJECTIVE = ("kind", "encoder_stride", "mask_patch_size", "mask_ratio")
-# Everything runs in evaluation mode, so the originals' drop rates have no effect.
-RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate", "num_classes", "use_checkpoint")
+OBJECTIVE = ("kind", "encoder_stride", "mask_patch_size", "mask_ratio", "num_classes")
 VIT = ("init_values", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "use_mean_pooling")
 SWIN = ("depths", "num_heads", "window_size", "ape", "patch_norm")
 
 
 def vit(case: Case) -> list[Check]:
     """BEiT's ViT under SimMIM's head."""
-    config, state = case.config, case.state
-    refuse_unknown(config, (*OBJECTIVE, *TRUNK, *VIT, *RATES))
+    config, state = dict(case.config), case.state
+    refuse_unknown(config, (*OBJECTIVE, *TRUNK, *VIT))
     biased = "encoder.blocks.0.attn.q_bias" in state
     if config.get("qkv_bias", biased) != biased:
         raise ValueError(f"qkv_bias={config['qkv_bias']}, and the weights have {'q_bias' if biased else 'none'}")
-    relative = "shared" if config.get("use_shared_rel_pos_bias") else "none"
-    model = trunk(
-        dict(config) | {"qkv_bias": biased},
-        position="learned" if config.get("use_abs_pos_emb") else "none",
-        relative="block" if config.get("use_rel_pos_bias") else relative,
-        layer_scale=1.0 if "encoder.blocks.0.gamma_1" in state else None,  # its value is in the weights
-        key_bias=False,
-    )
-    encoder = ViT(model, image_size(config))
-    if config.get("use_mean_pooling"):
+    scale = 1.0 if "encoder.blocks.0.gamma_1" in state else None  # its value is in the weights
+    encoder = beit_trunk(config | {"qkv_bias": biased, "init_values": scale})
+    if config.get("use_mean_pooling", True):
         encoder.norm = nn.Identity()  # the original pools and norms in its classifier only
     mask = case.inputs["mask"].flatten(1).bool()
     hidden = int(mask[0].sum())
@@ -52,7 +43,7 @@ def vit(case: Case) -> list[Check]:
 def swin(case: Case) -> list[Check]:
     """Swin under SimMIM's head."""
     config, state = case.config, case.state
-    refuse_unknown(config, (*OBJECTIVE, *TRUNK, *SWIN, *RATES))
+    refuse_unknown(config, (*OBJECTIVE, *TRUNK, *SWIN))
     cfg = SwinConfig(
         width=config["embed_dim"],
         depths=list(config["depths"]),

@@ -11,12 +11,12 @@ from halfseen.layouts import LAYOUTS
 from halfseen.models import ViT
 from halfseen.pretrain.targets.features import Apart, Distance
 from halfseen.pretrain.tokenizers.quantizer import QuantizerConfig, kmeans
-from halfseen.pretrain.tokenizers.vqkd import VQKD, VQKDConfig
+from halfseen.pretrain.tokenizers.vqkd import VQKD, Decoder, VQKDConfig
 
 from .golden import TRUNK, Case, Check, Family, exact, gradients, image_size, load, outputs, refuse_unknown, trunk
-from .golden_beit import BEIT, IDLE, UNILM, beit_trunk
+from .golden_beit import BEIT, UNILM, beit_model, beit_trunk
 
-PARTS = (*BEIT, *IDLE, "num_classes", "qk_scale", "use_mean_pooling", "init_scale")
+PARTS = (*BEIT, "num_classes", "use_mean_pooling")
 TOKENIZER = (
     *("img_size", "patch_size", "encoder", "decoder", "teacher", "code_dim", "n_code", "ema_decay", "beta"),
     *("norm_layer", "process_type"),
@@ -30,9 +30,6 @@ def student_of(case: Case, width: int) -> VQKD:
     encoder, decoder = ({"norm_layer": config["norm_layer"]} | config[part] for part in ("encoder", "decoder"))
     for part in (encoder, decoder):
         refuse_unknown(part, PARTS)
-    same = ("mlp_ratio", "qkv_bias", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "init_values")
-    if any(encoder.get(name) != decoder.get(name) for name in same):
-        raise ValueError("a decoder of another kind than its encoder")
     cfg = VQKDConfig(
         decoder_width=decoder["embed_dim"],
         decoder_depth=decoder["depth"],
@@ -45,7 +42,10 @@ def student_of(case: Case, width: int) -> VQKD:
         ),
     )
     target: Any = Apart(Distance("cosine"), width, encoder["patch_size"])
-    student = VQKD(ViT(beit_trunk(encoder), image_size(encoder)), cfg, target)
+    student = VQKD(beit_trunk(encoder), cfg, target)
+    # Ours is of the encoder's kind, the original's has arguments of its own.
+    model = beit_model(decoder | {"in_chans": 3})
+    student.decoder = Decoder(model, student.encoder.grid, config["code_dim"])
     load(student, case, LAYOUTS["vqkd"])
     return student
 
@@ -64,19 +64,29 @@ def teacher_of(case: Case) -> ViT:
     return teacher.requires_grad_(False).eval()
 
 
+def processed(pixels: Tensor, kind: str) -> Tensor:
+    """What the trunk sees of pixels: by default -1 .. 1 of 0 .. 1 or 0 .. 255; imagenet_norm; else as they are."""
+    if kind == "imagenet_norm":
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+        return (pixels - mean) / std
+    if kind != "default":
+        return pixels
+    return 2 * (pixels if pixels.max() <= 1 else pixels / 255) - 1
+
+
 def tokenizer(case: Case) -> list[Check]:
     """Evaluation, a training step with its gradients, and the codebook after one and after two of them."""
     config = case.config
     refuse_unknown(config, TOKENIZER)
-    if config.get("process_type", "default") != "default":
-        raise ValueError(f"process_type={config['process_type']}: only pixels in 0 .. 1")
     teacher = teacher_of(case)
     student = student_of(case, teacher.width)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
 
     def batch_of(pixels: Tensor) -> dict[str, Tensor]:
-        features = teacher((pixels - mean) / std)[:, teacher.prefix :]
-        return {"image": 2 * pixels - 1, "target": features, "position": torch.arange(len(pixels))}
+        image = processed(pixels, config.get("process_type", "default"))
+        seen = ((image + 1) / 2).clamp(0, 1)  # whatever was done to the pixels, the teacher's input undoes the default
+        features = teacher((seen - mean) / std)[:, teacher.prefix :]
+        return {"image": image, "target": features, "position": torch.arange(len(pixels))}
 
     first, second = batch_of(case.inputs["images"]), batch_of(case.inputs["images2"])
     actual = evaluated(student.eval(), first)

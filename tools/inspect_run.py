@@ -14,7 +14,9 @@ from rich.table import Table
 
 from halfseen.checkpoint import folder as layout
 from halfseen.checkpoint import stream
-from halfseen.config import ConfigError, changes, load
+from halfseen.checkpoint.read import last_stage
+from halfseen.config import ConfigError
+from halfseen.recipes import changes, load
 
 from .terminal import console
 
@@ -32,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not only modules")
     arguments = parser.parse_args(list(argv))
     checkpoints = find(arguments.path)
+    if checkpoints[0].parents[1].parent == arguments.path:
+        print(f"stage       {checkpoints[0].parents[1].name}, the last with a checkpoint; each is a run of its own")
     faults = {path: layout.faults(path) for path in checkpoints}
     sound = next((path for path in checkpoints if not faults[path]), None)
     if sound is not None:
@@ -43,11 +47,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find(path: Path) -> list[Path]:
-    """The checkpoints a path stands for, newest first. Raises ConfigError if there is none."""
+    """The checkpoints a path stands for, newest first; of a run in stages, the last stage that has any.
+
+    Raises ConfigError if there is none.
+    """
     if layout.position_of(path) >= 0 or (path / layout.MANIFEST).exists():
         found = [path] if path.is_dir() else []
     else:
-        found = layout.listed(path / "checkpoints") or layout.listed(path)
+        found = layout.listed(last_stage(path) / "checkpoints") or layout.listed(path)
     if not found:
         raise ConfigError(
             "RUN_OR_CHECKPOINT",

@@ -36,53 +36,73 @@ class Misfit:
         return f"{self.name:<52} " + "  ".join(f"{distance:.3f}" for distance in self.distances)
 
 
+Groups = list[list[int]]  # of each stage (a ViT has one): how many consecutive blocks share, group by group
+
+
 def multiplex(
-    weights: Mapping[str, Tensor], share: Sequence[int], choose: str = "average"
+    weights: Mapping[str, Tensor], groups: Groups, choose: str = "average"
 ) -> tuple[dict[str, Tensor], list[Misfit]]:
     """Weights under our names for a trunk with groups of consecutive blocks, and the misfit of every shared tensor.
 
-    share: blocks in a group; one number for a ViT, one for each stage of a hierarchical trunk. choose: average, first,
-    or the number of a block in its group, whose weights are taken. Raises ConfigError if groups do not come out even.
+    groups: see groups_of. choose: average, first, or the number of a block in its group, whose weights are taken.
     """
-    pick = picker(choose, share)
+    pick = picker(choose, max(max(stage) for stage in groups))
     made: dict[str, Tensor] = {}
-    groups: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    depths = depths_of(weights, share)
-    for name, value in weights.items():
-        found = _BLOCK.match(name)
-        times = share[int(found[2] or 0)] if found else 1
-        if not found or times == 1:
+    members: dict[str, list[Tensor]] = defaultdict(list)
+    # Of each stage: a block's group, its place in there, and how many there are.
+    places = [
+        [(group, place, count) for group, count in enumerate(stage) for place in range(count)] for stage in groups
+    ]
+    for name in sorted(weights, key=number_of):
+        found, value = _BLOCK.match(name), weights[name]
+        if not found:
             made[name] = value
             continue
-        group, repetition = divmod(int(found[3]), times)
+        group, place, count = places[int(found[2] or 0)][int(found[3])]
         stem, part = f"encoder.{found[1] or ''}blocks.{group}.", name[found.end() :]
-        if own := _OWN.match(part):
-            made[f"{stem}{own[1]}.{repetition}.{part[own.end() :]}"] = value
+        if count == 1:
+            made[stem + part] = value
+        elif own := _OWN.match(part):
+            made[f"{stem}{own[1]}.{place}.{part[own.end() :]}"] = value
         else:
-            groups[stem + part][repetition] = value
+            members[stem + part].append(value)
     misfits = []
-    for name, members in groups.items():
-        values = [members[repetition] for repetition in sorted(members)]
+    for name, values in members.items():
         made[name] = pick(values)
         misfits.append(Misfit(name, tuple(distance(value, made[name]) for value in values)))
-    refuse_repeated(weights, depths)
     return made, misfits
 
 
-def depths_of(weights: Mapping[str, Tensor], share: Sequence[int]) -> dict[int, int]:
-    """Blocks of each stage, each a multiple of its share; ConfigError otherwise."""
+def number_of(name: str) -> int:
+    """The block that a weight belongs to; 0 for the others."""
+    found = _BLOCK.match(name)
+    return int(found[3]) if found else 0
+
+
+def groups_of(weights: Mapping[str, Tensor], share: Sequence[int], groups: Sequence[int] = ()) -> Groups:
+    """The groups of each stage of a trunk with these weights. ConfigError if they do not come out even.
+
+    share: blocks in a group; one number for a ViT, one for each stage of a hierarchical trunk. groups: of a ViT, how
+    many blocks each group has, instead.
+    """
     depths: dict[int, int] = {}
     for found in filter(None, map(_BLOCK.match, weights)):
         stage = int(found[2] or 0)
         depths[stage] = max(depths.get(stage, 0), int(found[3]) + 1)
+    refuse_repeated(weights, depths)
+    if groups:
+        if len(depths) != 1 or sum(groups) != depths[0] or min(groups) < 1:
+            reason = f"the trunk has stages of {list(depths.values())} blocks"
+            raise ConfigError("--groups", list(groups), reason, "say of every group of a ViT how many blocks it has")
+        return [list(groups)]
     if sorted(depths) != list(range(len(share))):
         raise ConfigError(
             "--share", list(share), f"the trunk has {len(depths)} stages of blocks", "give one number for each of them"
         )
     for stage, depth in depths.items():
         if share[stage] < 1 or depth % share[stage]:
-            raise ConfigError("--share", share[stage], f"does not divide {depth} blocks", "use a divisor")
-    return depths
+            raise ConfigError("--share", share[stage], f"does not divide {depth} blocks", "use a divisor, or --groups")
+    return [[count] * (depths[stage] // count) for stage, count in enumerate(share)]
 
 
 def refuse_repeated(weights: Mapping[str, Tensor], depths: Mapping[int, int]) -> None:
@@ -91,13 +111,13 @@ def refuse_repeated(weights: Mapping[str, Tensor], depths: Mapping[int, int]) ->
         raise ConfigError("WEIGHTS", dict(depths), "the blocks of this trunk share weights already", "give a plain one")
 
 
-def picker(choose: str, share: Sequence[int]) -> "Picker":
-    """The rule that ``choose`` names."""
+def picker(choose: str, largest: int) -> "Picker":
+    """The rule that ``choose`` names, for groups of at most ``largest`` blocks."""
     if choose == "average":
         return Picker(None)
     number = 0 if choose == "first" else int(choose) if choose.isdecimal() else -1
-    if not 0 <= number < max(share):
-        raise ConfigError("--choose", choose, "is no rule", f"average, first, or a block's number below {max(share)}")
+    if not 0 <= number < largest:
+        raise ConfigError("--choose", choose, "is no rule", f"average, first, or a block's number below {largest}")
     return Picker(number)
 
 
@@ -120,17 +140,21 @@ def distance(value: Tensor, shared: Tensor) -> float:
     return apart / size if size else apart
 
 
-def identity_maps(weights: Mapping[str, Tensor], heads: Sequence[int], share: Sequence[int]) -> dict[str, Tensor]:
+def identity_maps(weights: Mapping[str, Tensor], heads: Sequence[int], groups: Groups) -> dict[str, Tensor]:
     """Maps over heads that change nothing, for every repetition, so that a student with mixed heads starts as without.
 
-    heads: of each stage. Biases, where the student has them, start at zero anyway.
+    weights: as multiplex made them. heads: of each stage. Biases, where the student has them, start at zero anyway.
     """
+    if len(heads) != len(groups):
+        reason = f"the trunk has {len(groups)} stages of blocks"
+        raise ConfigError("--identity-maps", list(heads), reason, "give one number of heads for each")
     found: dict[str, Tensor] = {}
     for name in weights:
         if (block := _BLOCK.match(name)) and name.endswith("attn.qkv.weight"):
             stage = int(block[2] or 0)
-            for repetition in range(share[stage]):
-                entry = f".{repetition}" if share[stage] > 1 else ""
+            count = groups[stage][int(block[3])]
+            for repetition in range(count):
+                entry = f".{repetition}" if count > 1 else ""
                 for part in ("proj_l", "proj_w"):
                     found[f"{block[0]}attn.{part}{entry}.weight"] = torch.eye(heads[stage])
     return found
@@ -143,9 +167,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("weights", type=Path, help="a run, a checkpoint or a weight file; ours, timm's, DeiT's, MAE's")
     parser.add_argument("out", type=Path, help="the .safetensors file to write")
-    parser.add_argument(
-        "--share", required=True, help="blocks in a group: 2; of a hierarchical trunk per stage: 2,2,6,2"
-    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--share", help="blocks in a group: 2; of a hierarchical trunk per stage: 2,2,6,2")
+    which.add_argument("--groups", help="of a ViT: blocks of each group in turn, as model.groups: 1,2,2,1")
     parser.add_argument(
         "--choose", default="average", help="average (default), first, or a block's number in its group"
     )
@@ -158,10 +182,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("OUT", str(arguments.out), "exists already", "name another file")
     given = read_weights(arguments.weights, "ema" if arguments.ema else "model")
     layout = layouts.detect(given)
-    share = numbers("--share", arguments.share)
-    made, misfits = multiplex(layout.take(given), share, arguments.choose)
+    share = numbers("--share", arguments.share) if arguments.share else ()
+    ours = layout.take(given)
+    groups = groups_of(ours, share, numbers("--groups", arguments.groups) if arguments.groups else ())
+    made, misfits = multiplex(ours, groups, arguments.choose)
     if arguments.identity_maps:
-        made |= identity_maps(made, numbers("--identity-maps", arguments.identity_maps), share)
+        made |= identity_maps(made, numbers("--identity-maps", arguments.identity_maps), groups)
     save_file({name: value.contiguous() for name, value in made.items()}, arguments.out)
     report(made, given, misfits)
     print(f"wrote {arguments.out}; start a student of the same size with run.init={arguments.out}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from halfseen.config import BASES, find_recipe, recipes
+from halfseen.recipes import BASES, find_recipe, recipes
 
 STAGES = {
     "pretrain": ("halfseen.pretrain.config", "Pretrain"),
@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(config: Any, key: str = "") -> Iterator[str]:
     """``key = default  # effect`` for every option, the effect taken from the comment beside the field."""
-    comments = dict(re.findall(r"^    (\w+):[^\n]*?  # ([^\n]+)$", inspect.getsource(type(config)), re.MULTILINE))
+    sources = [inspect.getsource(kind) for kind in reversed(type(config).__mro__) if dataclasses.is_dataclass(kind)]
+    comments = dict(re.findall(r"^    (\w+):[^\n]*?  # ([^\n]+)$", "\n".join(sources), re.MULTILINE))
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), f"{key}.{field.name}" if key else field.name
         if dataclasses.is_dataclass(value):

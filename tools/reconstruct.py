@@ -12,12 +12,13 @@ import yaml
 from torchvision.io import write_png
 
 from halfseen.checkpoint import read_weights
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.data import ImageSet, evaluation_batches, open_set
 from halfseen.data.transforms import evaluation_transform
 from halfseen.pretrain import objectives, targets
 from halfseen.pretrain.config import Pretrain
 from halfseen.pretrain.train import Prepare
+from halfseen.recipes import load
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +89,7 @@ def open_images(config: Pretrain, must: bool) -> ImageSet:
 def first_images(config: Pretrain, images: ImageSet, count: int) -> dict[str, Any]:
     """The first ``count`` usable images, centre-cropped, in one batch; all of them if there are fewer."""
     data = replace(config.data, workers=0)
-    transform = evaluation_transform(data.image_size)
+    transform = evaluation_transform(data.image_size, data.eval_crop)
     single = evaluation_batches(images, data, transform, rank=0, world=1, batch=1)  # lazy: reads no more than it must
     rows = list(itertools.islice((batch for batch in single if len(batch["position"])), count))
     if not rows:

@@ -11,8 +11,9 @@ import yaml
 from halfseen import capsule, distributed, stage
 from halfseen.checkpoint import Checkpoints
 from halfseen.checkpoint.folder import read_manifest
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.distributed import World
+from halfseen.recipes import load
 
 SHOWN = 16  # samples listed
 

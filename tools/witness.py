@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from halfseen.config import Model
 from halfseen.layouts import LAYOUTS, Layout
+from halfseen.models import hierarchical, trunks
 from halfseen.models.sizes import resolve
 from halfseen.models.swin import SwinConfig
+from halfseen.teachers import as_tokens
 
 from .architecture import Architecture
 
@@ -84,15 +86,14 @@ def prove(
 
 
 def normed(ours: Mapping[str, Tensor]) -> bool:
-    """Whether the trunk ends in a norm."""
-    return "encoder.norm.weight" in ours
+    """Whether the trunk ends in a norm; those of timm that are students always do."""
+    return any(name.startswith(("encoder.norm.", "encoder.body.")) for name in ours)
 
 
 def tokens_of(model: Any, image: Tensor) -> Tensor:
     """Tokens after the last norm, of either library's model."""
     if hasattr(model, "forward_features"):
-        tokens = model.forward_features(image)
-        return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
+        return as_tokens(model.forward_features(image), model.num_features)
     return model(image).last_hidden_state
 
 
@@ -103,8 +104,12 @@ def witness(
     model, size = architecture.model, architecture.image_size
     if isinstance(model, Model) and source.name.startswith("transformers"):
         return of_transformers(model, size, theirs, source.name)
-    if isinstance(model, SwinConfig):
+    if isinstance(model, hierarchical.TimmConfig):
+        made, layout = hierarchical.build(model, size), LAYOUTS["timm_hierarchical"]
+    elif isinstance(model, SwinConfig):
         made, layout = of_timm_swin(model, size), LAYOUTS["timm_swin"]
+    elif not isinstance(model, Model):
+        raise NoWitness(f"no other library has an {type(model).__name__.removesuffix('Config')}")
     elif model.relative != "none" or not model.key_bias:
         made, layout = of_timm_beit(model, size), LAYOUTS["timm_beit"]
     else:
@@ -123,17 +128,18 @@ def witness(
 # Options of ours that timm's plain models have, or that do not matter in evaluation.
 PLAIN = {
     *("size", "width", "depth", "heads", "patch", "mlp_ratio", "norm_eps", "drop_path", "drop_path_shape"),
+    "attention_dropout",
     *("position", "position_on_class", "class_token", "layer_scale", "qkv_bias"),
 }
 
 
-def others(model: Model | SwinConfig, known: set[str]) -> list[str]:
+def others(model: trunks.Section, known: set[str]) -> list[str]:
     """Options that differ from their defaults and are not among the known."""
     plain = type(model)()
     return [key for key, value in vars(model).items() if key not in known and value != getattr(plain, key)]
 
 
-def require(model: Model | SwinConfig, known: set[str], name: str) -> None:
+def require(model: trunks.Section, known: set[str], name: str) -> None:
     """Raise NoWitness if the model has parts that the library's lacks."""
     if left := others(model, known):
         raise NoWitness(f"{name} has no such {', '.join(left)}")

@@ -27,6 +27,7 @@ from halfseen.config import ConfigError
 from halfseen.distributed import PATIENCE, World
 
 from . import folder as layout
+from .stretch import Stretch
 
 Result = TypeVar("Result")
 
@@ -67,9 +68,7 @@ class Checkpoints:
         if self.stager is None:
             self._finish(staged, final, position, meta)
         else:
-            copied = cast(dict[str, Tensor], self.stager.stage(staged))
-            if STAGES_ONCE:
-                self.stager = stager(self.world.device)
+            copied = self._copy(staged)
             # From here on host memory and host messages only. A daemon: an exit by error never waits for it.
             self.flight = threading.Thread(
                 target=self._fly, args=(copied, final, position, meta), name="checkpoint writer", daemon=True
@@ -124,8 +123,19 @@ class Checkpoints:
         return {
             key: tensor
             for index, (key, tensor) in enumerate(state.items())
-            if isinstance(tensor, DTensor) or index % world == rank
+            if isinstance(tensor, (DTensor, Stretch)) or index % world == rank
         }
+
+    def _copy(self, staged: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same in host memory. A stager copies each piece of memory once, however many tensors lie in it."""
+        held = {key: tensor.numbers if isinstance(tensor, Stretch) else tensor for key, tensor in staged.items()}
+        copied = cast(dict[str, Tensor], cast(DefaultStager, self.stager).stage(held))
+        if STAGES_ONCE:
+            self.stager = stager(self.world.device)
+        for key, tensor in staged.items():
+            if isinstance(tensor, Stretch):
+                copied[key] = Stretch(copied[key], tensor.shape, tensor.start)
+        return copied
 
     def _clear(self) -> None:
         """Rank 0 removes what crashes left behind."""

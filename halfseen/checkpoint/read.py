@@ -19,15 +19,17 @@ from . import stream
 # Keys under which published .pth files keep their weights, and their averaged weights.
 PLAIN = ("model", "state_dict", "module", "model_state")
 AVERAGED = ("model_ema", "state_dict_ema", "ema")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+DELTA = "halfseen delta"  # how the format of a delta file begins (halfseen/delta.py)
 
 
 def read_weights(path: Path | str, part: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
     """Weights and saved buffers by name, on the CPU.
 
-    path: a run folder or its checkpoints folder (the newest healthy one counts), one checkpoint, or a
-    .safetensors, .pth, .pt or .bin file. part: ema takes averaged weights where they exist, which is for all
-    that was trained. Tied weights appear under each of their names, sharing memory. Only what is asked for
-    is read.
+    path: a run folder or its checkpoints folder (the newest healthy one counts; of a run in stages, the last stage that
+    has begun), one checkpoint, or a .safetensors, .pth, .pt or .bin file. part: ema takes averaged weights where they
+    exist, which is for all that was trained. Tied weights appear under each of their names, sharing memory. Only what
+    is asked for is read.
     """
     path = Path(path)
     if path.is_dir():
@@ -35,29 +37,49 @@ def read_weights(path: Path | str, part: Literal["model", "ema"] = "model") -> d
     if not path.is_file():
         raise ConfigError("weights", str(path), "there is no such file or folder", "check the path")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if part != "model":
             raise ConfigError("weights", str(path), f"a .safetensors file has no part {part!r}", "ask for model")
+        if header(path).get("format", "").startswith(DELTA):
+            fix = "give the file that `halfseen delta apply BASE DELTA WHOLE.safetensors` writes"
+            raise ConfigError("weights", str(path), "is a delta: it holds what differs from a base, no whole", fix)
+        return load_file(path)
+    return _named_tensors(path, _unpickled(path), part)
+
+
+def header(path: Path) -> dict[str, str]:
+    """What a weight file says of itself, text by name; empty where it says nothing. ConfigError for no weight file."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            with safe_open(path, framework="pt") as file:
+                return dict(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
             raise ConfigError("weights", str(path), f"is no .safetensors file: {error}", "name another file") from error
-    if path.suffix in (".pth", ".pt", ".bin"):
-        # Published files carry their training options, an argparse.Namespace: plain values, no code. Only the zip
-        # format (torch >= 1.6) can be mapped instead of read.
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:  # bytes that are no pickle can fail in any way
-            if needed := code_in(path):
-                reason = f"is a pickle that runs code when it is read ({', '.join(needed[:3])}), so it is not"
-                raise ConfigError("weights", str(path), reason, SAFE_PATH) from error
-            reason = f"cannot be read as weights: {type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError("weights", str(path), reason, "give a state dict saved by torch.save") from error
-        return _named_tensors(path, content, part)
-    raise ConfigError("weights", str(path), f"unknown kind of file {path.suffix!r}", "give .safetensors or .pth")
+    if path.suffix in WEIGHT_FILES and not zipfile.is_zipfile(path):
+        return {}  # older than what we write, and would have to be read whole to be asked
+    content = _unpickled(path)
+    said = content.get("halfseen") if isinstance(content, Mapping) else None
+    return {str(name): str(text) for name, text in said.items()} if isinstance(said, Mapping) else {}
+
+
+def _unpickled(path: Path) -> Any:
+    """What a .pth file holds: plain values and tensors, mapped where its format allows."""
+    if path.suffix not in WEIGHT_FILES:
+        raise ConfigError("weights", str(path), f"unknown kind of file {path.suffix!r}", "give .safetensors or .pth")
+    # Published files carry their training options, an argparse.Namespace: plain values, no code. Only the zip
+    # format (torch >= 1.6) can be mapped instead of read.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # bytes that are no pickle can fail in any way
+        if needed := code_in(path):
+            reason = f"is a pickle that runs code when it is read ({', '.join(needed[:3])}), so it is not"
+            raise ConfigError("weights", str(path), reason, SAFE_PATH) from error
+        reason = f"cannot be read as weights: {type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError("weights", str(path), reason, "give a state dict saved by torch.save") from error
 
 
 SAFE_PATH = (
@@ -81,6 +103,7 @@ def find_checkpoint(path: Path) -> Path:
         if wrong:
             raise ConfigError("checkpoint", str(path), "is damaged: " + "; ".join(wrong), "use another checkpoint")
         return path
+    path = last_stage(path)
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     newest, passed = layout.newest_healthy(inside)
     if newest is None:
@@ -89,6 +112,12 @@ def find_checkpoint(path: Path) -> Path:
     for line in passed:
         warnings.warn(f"a newer checkpoint is passed over: {line}", stacklevel=3)
     return newest
+
+
+def last_stage(run: Path) -> Path:
+    """The folder of a run's last stage that has a checkpoint; the run's own folder if it has no stages."""
+    begun = [part.parent for part in run.glob("[0-9]*_*/checkpoints") if any(part.glob("img_*"))]
+    return max(begun, key=lambda folder: int(folder.name.partition("_")[0]), default=run)
 
 
 def read_checkpoint(path: Path, part: Literal["model", "ema"]) -> dict[str, Tensor]:

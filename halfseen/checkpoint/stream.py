@@ -86,9 +86,10 @@ def names(stored_keys: Iterable[str], part: Literal["model", "ema"]) -> dict[str
 def bands(checkpoint: Path, tensor: Stored) -> Iterator[Tensor]:
     """The tensor's numbers from first to last, as contiguous parts that follow each other in memory.
 
-    A part is what one rank wrote where ranks divided the first axis; another division is put together first.
+    A part is what one rank wrote where ranks divided the first axis, or the flattened tensor; another division is put
+    together first.
     """
-    if all(piece.sizes[1:] == tensor.shape[1:] for piece in tensor.pieces):
+    if all(_in_a_row(piece, tensor) for piece in tensor.pieces):
         for piece in tensor.pieces:
             yield _read(checkpoint, piece)
         return
@@ -97,6 +98,12 @@ def bands(checkpoint: Path, tensor: Stored) -> Iterator[Tensor]:
         place = tuple(slice(first, first + size) for first, size in zip(piece.offsets, piece.sizes))
         whole[place] = _read(checkpoint, piece)
     yield whole
+
+
+def _in_a_row(piece: Piece, tensor: Stored) -> bool:
+    """Whether the piece's numbers follow each other in the tensor: one index, then a range, then everything."""
+    axis = next((axis for axis, size in enumerate(piece.sizes) if size != 1), len(piece.sizes))
+    return piece.sizes[axis + 1 :] == tensor.shape[axis + 1 :]
 
 
 def _offsets(piece: Piece) -> tuple[int, ...]:

@@ -33,21 +33,20 @@ class Answers:
         labels: a list of classes, one per label of the set, or {"labels": [...], "only": true}. images: {key: [class,
         ...]}, or a list of such lists for images whose keys end in a number, counted from 1 (ILSVRC2012_val_00000001).
         """
-        mapped = load(labels, "--label-map") if labels else None
-        listed = {"labels": mapped} if isinstance(mapped, list) else mapped or {}
-        if set(listed) - {"labels", "only"}:
-            raise ConfigError("--label-map", str(labels), f"has other keys: {sorted(listed)}", "labels and only")
-        answers = cls(listed.get("labels"), bool(listed.get("only")), load(images, "--answers") if images else None)
-        named = list(answers.labels or ()) + [value for row in answers._rows() for value in row]
-        wrong = [value for value in named if not isinstance(value, int) or not 0 <= value < classes]
-        if wrong:
-            raise ConfigError("--label-map", wrong[0], f"is no class of 0 to {classes - 1}", "correct the file")
-        return answers
-
-    def _rows(self) -> Sequence[Sequence[int]]:
-        if isinstance(self.images, Mapping):
-            return list(self.images.values())
-        return self.images or ()
+        mapped = load(labels, "--label-map") if labels else {}
+        listed = {"labels": mapped} if isinstance(mapped, list) else mapped
+        if labels and not (isinstance(listed, dict) and is_classes(listed.get("labels"), classes)):
+            reason = f"does not say a class of 0 to {classes - 1} for each label of the set"
+            fix = 'write a list of classes, or {"labels": [...], "only": true}'
+            raise ConfigError("--label-map", str(labels), reason, fix)
+        if unknown := sorted(set(listed) - {"labels", "only"}):
+            raise ConfigError("--label-map", str(labels), f"has other keys: {unknown}", "labels and only")
+        given = load(images, "--answers") if images else None
+        rows = list(given.values()) if isinstance(given, dict) else given
+        if images and not (isinstance(rows, list) and rows and all(is_classes(row, classes, 0) for row in rows)):
+            reason = f"does not list classes of 0 to {classes - 1} for each image"
+            raise ConfigError("--answers", str(images), reason, "write {key: [class, ...]}, or a list of such lists")
+        return cls(listed.get("labels"), bool(listed.get("only")), given)
 
     def label_count(self, classes: int) -> int:
         """How many labels the set may use."""
@@ -87,3 +86,10 @@ def load(path: Path, option: str) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(option, str(path), f"cannot be read: {error}", "give a JSON file") from error
+
+
+def is_classes(value: Any, classes: int, least: int = 1) -> bool:
+    """Whether something is a list of at least so many class numbers."""
+    if not isinstance(value, list) or len(value) < least:
+        return False
+    return all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < classes for number in value)

@@ -11,26 +11,32 @@ from halfseen import lora, selection
 from halfseen.config import ConfigError
 from halfseen.models import ViT
 from halfseen.models.feed import Mlp
+from halfseen.models.staged import Staged
+from halfseen.models.trunks import Trunk
 from halfseen.optim import trunk_layers
 
 from .task import Task
 
 
 class Classifier(nn.Module):
-    """A ViT that names classes.
+    """A trunk that names classes.
 
     forward(batch) takes image float [B, 3, S, S] and, to train, target float [B, K] (rows may mix classes);
     it returns the loss and the share of images whose largest target is predicted. With batch["task"] ==
     "predict" it returns features [B, D] and logits [B, K] instead. What does not train has ``requires_grad`` off.
     """
 
-    def __init__(self, encoder: ViT, task: Task, classes: int) -> None:
+    def __init__(self, encoder: Trunk, task: Task, classes: int) -> None:
         super().__init__()
         self.task, self.classes = task, classes
         self.encoder = encoder
+        if task.pool == "class" and not encoder.prefix:
+            raise ConfigError("task.pool", "class", "the trunk has no class token", "task.pool=norm_mean")
         # MAE's mean pooling normalises after the mean; the trunk's own final norm is then left out.
         self.fc_norm: nn.Module = nn.Identity()
         if task.pool == "mean":
+            if isinstance(encoder, Staged):
+                raise ConfigError("task.pool", "mean", "the trunk's norm stands before the mean", "task.pool=norm_mean")
             self.fc_norm = nn.LayerNorm(encoder.width, eps=encoder.cfg.norm_eps)
             encoder.norm = nn.Identity()
         self.head = new_head(encoder.width, classes, task)
@@ -93,12 +99,15 @@ class Classifier(nn.Module):
         return self.encoder.flops() + backward + 3 * 2 * self.encoder.width * self.classes
 
     def layers(self) -> int:
-        """The id of the last layer (final norm and head): ids run from 0 to this."""
-        return len(self.encoder.blocks) + 1
+        """The id of the last layer, the head's: ids run from 0 to this."""
+        return self.layer_of("head.weight")
 
     def layer_of(self, name: str) -> int:
         """A parameter's layer: embeddings 0, block i is i + 1 (a shared block counts once), the rest last."""
-        return trunk_layers(len(self.encoder.blocks))(name)
+        if isinstance(self.encoder, ViT):
+            return trunk_layers(len(self.encoder.blocks))(name)
+        ids = self.encoder.layer_ids()
+        return ids.get(name.removeprefix("encoder."), max(ids.values()) + 1)
 
 
 def trains(module: nn.Module) -> bool:
@@ -106,7 +115,7 @@ def trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def first_trained(trunk: ViT) -> int:
+def first_trained(trunk: Trunk) -> int:
     """The first block that the backward has to reach: 0 if what stands before the blocks trains."""
     blocks = list(trunk.blocks)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -116,17 +125,17 @@ def first_trained(trunk: ViT) -> int:
     return next((index for index, block in enumerate(blocks) if trains(block)), len(blocks))
 
 
-def halve_frozen(trunk: ViT) -> None:
+def halve_frozen(trunk: Trunk) -> None:
     """Keep the frozen linear maps of the blocks in bfloat16, the type autocast gives them anyway."""
     for module in trunk.blocks.modules():
         if isinstance(module, nn.Linear) and not trains(module):
             module.to(torch.bfloat16)
 
 
-def recompute_frozen(trunk: ViT) -> None:
+def recompute_frozen(trunk: Trunk) -> None:
     """Tell every frozen MLP to recompute its first product; ConfigError if there is none that can."""
     frozen = [module for module in trunk.modules() if isinstance(module, Mlp) and not trains(module)]
-    if not frozen or trunk.cfg.norm_place != "pre":
+    if not frozen or not isinstance(trunk, ViT) or trunk.cfg.norm_place != "pre":
         raise ConfigError(
             "task.recompute_mlp", True, "only frozen MLPs behind a norm of their own can", "set it to false"
         )

@@ -19,6 +19,7 @@ from halfseen.distributed import World
 from halfseen.engines import Engine
 from halfseen.loop import BROKEN, AnotherRank
 from halfseen.monitor import Monitor
+from halfseen.recipes import to_yaml
 
 from .answers import Answers
 from .gallery import Gallery
@@ -113,7 +114,7 @@ def open_val(config: Any, batch: int, world: World) -> Iterator[dict[str, Any]]:
     return data.evaluation_batches(
         data.open_set(config.data, "val"),
         config.data,
-        evaluation_transform(config.data.image_size),
+        evaluation_transform(config.data.image_size, config.data.eval_crop),
         rank=world.rank,
         world=world.world,
         batch=batch,
@@ -324,5 +325,5 @@ class Evaluations:
         """Write the weights, which only rank 0 has, in one move."""
         if self.world.main:
             partial = self.best.with_suffix(".partial")
-            save_file(weights, partial)
+            save_file(weights, partial, {"config": to_yaml(self.config)})  # so the file says itself what it is
             os.replace(partial, self.best)

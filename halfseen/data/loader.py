@@ -215,6 +215,7 @@ def train_batches(
     ledger: Path | None = None,
     pin: bool = False,
     mask: DrawMask | None = None,
+    images: type[Images] = Images,
 ) -> Iterator[dict[str, Any]]:
     """Endless micro-batches of this rank from position ``start`` on.
 
@@ -222,10 +223,10 @@ def train_batches(
     uint8 [B, 3, S', S'] where the transform makes two of each image. Over all ranks, plan.accumulation micro-batches
     hold exactly the next plan.total positions. ledger: where bad samples are written; TooManyBad is raised above
     data.bad_limit. transform None: ``data`` (list of bytes) instead of image. mask: also draw ``mask`` here, from the
-    positions: for masks that would keep the training process busy.
+    positions: for masks that would keep the training process busy. images: what reads a sample, e.g. data.pairs.Pairs.
     """
     order = make_plan(image_set, data, seed)
-    dataset = TrainingBatches(Images(image_set, data, transform, seed), order, Share(start, plan, rank), mask)
+    dataset = TrainingBatches(images(image_set, data, transform, seed), order, Share(start, plan, rank), mask)
     return _recorded(_load(dataset, Endless(), data, pin), Ledger(ledger, data.bad_limit, start))
 
 
@@ -257,6 +258,7 @@ def evaluation_batches(
     batch: int,
     ledger: Path | None = None,
     pin: bool = False,
+    images: type[Images] = Images,
 ) -> Iterator[dict[str, Any]]:
     """Every image of a set once over all ranks, in natural order; this rank: position mod world == rank.
 
@@ -264,7 +266,7 @@ def evaluation_batches(
     one is empty (image uint8 [0, 3, S, S], position int64 [0]) only where a rank has fewer images than batches,
     or all of it was bad. Bad samples are left out and recorded; ``left_out`` is their number in a batch.
     """
-    dataset = EvaluationBatches(Images(image_set, data, transform, 0), rank, world, batch)
+    dataset = EvaluationBatches(images(image_set, data, transform, 0), rank, world, batch)
     return _recorded(_load(dataset, range(len(dataset)), data, pin), Ledger(ledger, data.bad_limit))
 
 

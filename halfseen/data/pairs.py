@@ -1,14 +1,14 @@
 """Pictures with a class for every pixel: WebDataset samples of an image member and a mask member (PNG, one channel).
 
-data.label names the mask's extension, e.g. seg.png. Order, exactly-once and replacing bad samples are the loader's.
+data.label names the mask's extension, e.g. seg.png. Order, exactly-once and replacing bad samples are the loader's:
+it takes ``images=Pairs``.
 """
 
 import io
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from halfseen.config import Batches, Data
-
 from .decode import decode
 from .hashing import generator
-from .ledger import Ledger
-from .loader import Endless, EvaluationBatches, Images, Share, TrainingBatches, Views, _load, _recorded, make_plan
+from .loader import Images, Views
 from .reader import BadLabel, BadSample, Reader, Sample
-from .sources import ImageSet
 from .transforms import resize
 
 NOTHING = 255  # the mask's value where no class is right or wrong
@@ -46,8 +42,7 @@ class PairReader(Reader):
 class JointCrop:
     """Picture and mask scaled, cropped and flipped alike; both squares of one size.
 
-    scale: the square's side over the shorter side of what it is cut from, 1/highest to 1/lowest; (1, 1) without flip is
-    the whole picture squeezed into the square, for evaluation.
+    scale: the shorter side of what the square is cut from, over the square's side; lowest and highest.
     """
 
     side: int
@@ -57,8 +52,6 @@ class JointCrop:
     def __call__(self, pair: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         """uint8 [4, H, W], the mask being the last channel -> uint8 [3, S, S] and [1, S, S]."""
         image, mask = pair[:3], pair[3:]
-        if self.scale == (1.0, 1.0):
-            return resize(image, (self.side, self.side)), nearest(mask, (self.side, self.side))
         _, height, width = image.shape
         factor = self.side / min(height, width) * rng.uniform(*self.scale)
         size = (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -69,6 +62,20 @@ class JointCrop:
         top, left = (rng.randrange(length - self.side + 1) for length in image.shape[1:])
         image, mask = (part[:, top : top + self.side, left : left + self.side] for part in (image, mask))
         return (image.flip(2), mask.flip(2)) if rng.random() < self.flip else (image, mask)
+
+
+@dataclass(frozen=True)
+class ShortSide:
+    """The whole picture with its shorter side at so many pixels, and its mask as it is: to be judged at full size."""
+
+    side: int
+
+    def __call__(self, pair: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """uint8 [4, H, W], the mask being the last channel -> uint8 [3, h, w] with min(h, w) = side, and [1, H, W]."""
+        _, height, width = pair.shape
+        factor = self.side / min(height, width)
+        size = (max(self.side, round(height * factor)), max(self.side, round(width * factor)))
+        return resize(pair[:3], size), pair[3:]
 
 
 def nearest(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -112,38 +119,3 @@ def decode_mask(content: bytes) -> Tensor:
             return torch.from_numpy(np.array(picture, dtype=np.uint8))[None]
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise BadSample(f"the mask cannot be decoded: {error}") from error
-
-
-def train_pairs(
-    image_set: ImageSet,
-    data: Data,
-    crop: JointCrop,
-    *,
-    seed: int,
-    start: int,
-    plan: Batches,
-    rank: int,
-    ledger: Path | None = None,
-    pin: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """As ``train_batches``: image uint8 [B, 3, S, S], view (the mask) uint8 [B, 1, S, S]."""
-    dataset = TrainingBatches(
-        Pairs(image_set, data, crop, seed), make_plan(image_set, data, seed), Share(start, plan, rank)
-    )
-    return _recorded(_load(dataset, Endless(), data, pin), Ledger(ledger, data.bad_limit, start))
-
-
-def evaluation_pairs(
-    image_set: ImageSet,
-    data: Data,
-    crop: JointCrop,
-    *,
-    rank: int,
-    world: int,
-    batch: int,
-    ledger: Path | None = None,
-    pin: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """As ``evaluation_batches``, with view (the mask) uint8 [B, 1, S, S]."""
-    dataset = EvaluationBatches(Pairs(image_set, data, crop, 0), rank, world, batch)
-    return _recorded(_load(dataset, range(len(dataset)), data, pin), Ledger(ledger, data.bad_limit))

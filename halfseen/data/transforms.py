@@ -199,11 +199,16 @@ def finetune_transform(augment: Augment, size: Size) -> Transform:
     return Finetune(RandomCrop(augment, _pair(size)), policy)
 
 
-def evaluation_transform(size: Size) -> Transform:
-    """Shorter side to 256/224 of the crop (to the crop itself above 224 px), then the centre."""
+def evaluation_transform(size: Size, share: float | None = None) -> Transform:
+    """Shorter side scaled so that the crop shows that share of it, then the centre.
+
+    None: 224/256, and above 224 px all of it.
+    """
     pair = _pair(size)
     side = min(pair)
-    return CentreCrop(pair, int(side * 256 / 224) if side <= 224 else side)
+    if share is None:
+        return CentreCrop(pair, int(side * 256 / 224) if side <= 224 else side)
+    return CentreCrop(pair, int(side / share))
 
 
 # ------------------------------------------------------------------------------------------------ RandAugment

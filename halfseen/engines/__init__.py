@@ -31,9 +31,9 @@ def refuse(cfg: config.Engine, optim: config.Optim, world: int | None) -> None:
         reason = f"does not divide the {world} ranks"
         raise ConfigError("engine.shard_size", cfg.shard_size, reason, f"use one of {fits}")
     if cfg.name == "deepspeed":
-        from . import deepspeed
+        from . import deepspeed_options
 
-        deepspeed.refuse(cfg, optim)
+        deepspeed_options.refuse(cfg, optim)
     if cfg.name == "fairscale":
         from . import fairscale
 

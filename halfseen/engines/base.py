@@ -1,31 +1,25 @@
 """The training step, written once: what all engines share, and the few hooks in which they differ."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from halfseen import config, optim
 from halfseen.config import ConfigError
 from halfseen.data.hashing import mix, purpose
 from halfseen.distributed import World
-from halfseen.models.norm import synchronise
-from halfseen.models.powernorm import PowerNorm
-from halfseen.models.reattention import ReAttention
 
-Key = TypeVar("Key")
+from .parts import fill, local_part, whole
+from .recompute import STATISTICS, offloaded, recomputed, refuse_statistics
+from .student import aliases, blocks_of, refuse_precision, synchronise_batch_norm
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Dynamic loss scale for fp16: start, factor after an overflow, factor after so many good updates.
 SCALE, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
-
-STATISTICS = (_BatchNorm, PowerNorm)  # norms that a forward in training changes
 
 
 class Engine:
@@ -150,7 +144,7 @@ class Engine:
         """The masters were changed by other means than an update: the student must see them."""
 
     def weight(self, name: str) -> Tensor:
-        """A parameter of the student, for ``state``. Collective where sharded."""
+        """A parameter of the student, as ``state`` shows it."""
         return self.parameters[name].detach()
 
     def moments(self, name: str) -> dict[str, Tensor]:
@@ -164,7 +158,8 @@ class Engine:
     def take(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         """Take over a state whose keys are those of ``own``, which is this engine's."""
         for key, value in own.items():
-            value.copy_(as_sharded(given[key], value))
+            fill(value, given[key])
+        self.published()
 
     # ------------------------------------------------------------------------------------------ the step
 
@@ -181,7 +176,7 @@ class Engine:
         micro_batches = self.taught(micro_batches)
         torch.manual_seed(mix(self.seed, purpose("dropout"), position, self.world.rank))
         optim.set_rate(self.optimizer, rate)
-        statistics = [(buffer, buffer.clone()) for norm in self._batch_norms for buffer in norm.buffers(False)]
+        statistics = self._statistics()
         names, local = self._accumulate(micro_batches)
         with torch.no_grad():
             gradients = self.gradients()
@@ -196,6 +191,10 @@ class Engine:
             self._count(found, bad_loss, position)
         self.clear()
         return values | {"grad_norm": norm}
+
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Buffers that a forward in training changes, each with what it holds now."""
+        return [(buffer, buffer.clone()) for norm in self._batch_norms for buffer in norm.buffers(False)]
 
     def _accumulate(self, micro_batches: list[dict[str, Any]]) -> tuple[list[str], Tensor]:
         """Forward and backward of each micro-batch: the scalars' names, and their mean here, fp32 [names]."""
@@ -291,6 +290,32 @@ class Engine:
         }
         return shown | ({"ema_decay": self.decay} if self.cfg.ema else {})
 
+    def norms(self, batch: dict[str, Any], scalars: Sequence[str]) -> dict[str, Tensor]:
+        """Norm of the gradient that each of the student's scalars has by itself. Collective; nothing is updated.
+
+        Costs a forward and a backward for each. Of the gradient averaged over ranks, not clipped, fp32.
+        """
+        self._refuse_changes()
+        (batch,) = self.taught([batch])
+        statistics = self._statistics()
+        found = {name: self._norm_of(batch, name) for name in scalars}
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        return found
+
+    def _norm_of(self, batch: dict[str, Any], name: str) -> Tensor:
+        torch.manual_seed(mix(self.seed, purpose("dropout"), 0, self.world.rank))  # alike for every scalar
+        with self.accumulating(last=True):
+            seen = self.forward(batch)
+            # Weights that this scalar does not reach get zeros: engines wait for the gradient of each.
+            self.backward((seen[name].float() + 0.0 * seen["loss"].float()) * self.scale)
+        with torch.no_grad():
+            gradients = self.gradients()
+            norm = self._norm(gradients) / self.scale
+            self.update(gradients, None, torch.ones((), device=self.world.device))  # which changes nothing
+        self.clear()
+        return norm
+
     @torch.no_grad()
     def predict(self, batch: dict[str, Any], task: str = "predict") -> dict[str, Tensor]:
         """The student's answer to ``batch | {"task": task}``, in eval mode. Collective when sharded."""
@@ -338,9 +363,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a run continues from, as live tensors (DTensors where sharded).
+        """Everything a run continues from, as live tensors: a DTensor or a Stretch where this rank holds a part.
 
-        Keys: model.NAME, buffer.NAME, optim.NAME.SLOT, ema.NAME, scaler.scale, scaler.growth.
+        Keys: model.NAME, buffer.NAME, optim.NAME.SLOT, ema.NAME, scaler.scale, scaler.growth. Takes no message.
         """
         if self._swapped:
             raise RuntimeError("state() inside averaged(): the weights are not the ones being trained")
@@ -379,10 +404,10 @@ class Engine:
         for name in (*self.parameters, *buffers):
             averaged = ema and name in self.trained
             tensor = buffers[name] if name in buffers else self.mean(name) if averaged else self.weight(name)
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = whole(tensor, self.world)
             if self.world.main:
-                whole = whole.float() if whole.is_floating_point() else whole
-                found[name] = whole.cpu().clone() if whole.device.type == "cpu" else whole.cpu()
+                tensor = tensor.float() if tensor.is_floating_point() else tensor
+                found[name] = tensor.cpu().clone() if tensor.device.type == "cpu" else tensor.cpu()
         return found
 
     def _kept_buffers(self) -> Iterator[tuple[str, Tensor]]:
@@ -420,126 +445,3 @@ class Engine:
                     f"requires_grad of {name} changed after the engine was made: freeze before "
                     "engines.create, or make a new engine"
                 )
-
-
-def blocks_of(student: nn.Module) -> list[nn.Module]:
-    """The student's structural hint: units to shard, recompute and compile, each once."""
-    return list(dict.fromkeys(cast(Any, student).blocks()))
-
-
-def refuse_statistics(block: nn.Module) -> None:
-    """Raise ConfigError if a block's norms keep running statistics: computed again, it would move them twice."""
-    names = [name for name, module in block.named_modules() if isinstance(module, STATISTICS)]
-    if names:
-        raise ConfigError(
-            "engine.recompute",
-            True,
-            f"{names[0]} keeps running statistics, which a second forward would move again",
-            "use engine.recompute=false, or model.norm=layer and model.attention=softmax",
-        )
-
-
-def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward whose activations are not kept but computed again in the backward."""
-
-    # A function of its own: of functools.partial(checkpoint, ...) torch.compile compiles nothing, without a word.
-    def run(*arguments: Any, **options: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, **options)
-
-    return run
-
-
-def offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``recomputed``, whose first argument, the tokens, waits in host memory meanwhile.
-
-    In place of FairScale's checkpoint_wrapper, which re-enters the backward (wrong where blocks share weights) and
-    recomputes under autocast in fp16 whatever the forward had.
-    """
-
-    def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        device, wanted, host, given = x.device, x.requires_grad, on_host(x.detach()), [x]
-
-        def again(*arguments: Any, **options: Any) -> Any:
-            here = given.pop() if given else host.to(device, non_blocking=True).detach().requires_grad_(wanted)
-            return forward(here, *arguments, **options)
-
-        return checkpoint(again, *arguments, use_reentrant=False, **options)
-
-    return run
-
-
-def on_host(x: Tensor) -> Tensor:
-    """A copy in pinned memory, which nobody waits for: the way back is on the same stream. On a CPU x itself."""
-    if x.device.type == "cpu":
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-def aliases(student: nn.Module) -> dict[str, str]:
-    """Other names of tied parameters and buffers -> the first name, which is the one that is saved."""
-    found: dict[str, str] = {}
-    for listed in (student.named_parameters, student.named_buffers):
-        first = {id(tensor): name for name, tensor in listed()}
-        every = ((name, first[id(tensor)]) for name, tensor in listed(remove_duplicate=False))
-        found |= {name: canonical for name, canonical in every if name != canonical}
-    return found
-
-
-def batched(sizes: dict[Key, int], most: int = 1 << 26) -> Iterator[list[Key]]:
-    """Keys in order, in lists whose sizes sum to at most ``most`` (numbers; 256 MiB of fp32), or of one key alone."""
-    batch: list[Key] = []
-    for key, size in sizes.items():
-        if batch and sum(sizes[other] for other in batch) + size > most:
-            yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself. Without gradients."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    with torch.no_grad():  # here to_local is a mere attribute; detaching a DTensor costs a dispatch
-        return tensor.to_local()
-
-
-def as_sharded(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut as ``like`` is, without communication."""
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def refuse_different_weights(student: nn.Module, world: World) -> None:
-    """Raise RuntimeError where ranks do not start alike: each would shard its own weights. Collective."""
-    with torch.no_grad():
-        totals = [parameter.double().abs().sum() for parameter in student.parameters()]
-    seen = world.gather_object(torch.stack(totals).tolist())
-    for rank, other in enumerate(seen):
-        if other != seen[0]:
-            raise RuntimeError(f"rank {rank} starts from other weights than rank 0: seed them alike on every rank")
-
-
-def refuse_precision(precision: str, device: torch.device) -> None:
-    """Raise ConfigError for a type the device does not compute in."""
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name(device)
-        raise ConfigError("engine.precision", precision, f"{name} has no bf16", "use engine.precision=fp16 or fp32")
-
-
-def synchronise_batch_norm(student: nn.Module, world: World) -> nn.Module:
-    """BatchNorm statistics over all ranks; refused on several CPU ranks, for which torch has none."""
-    if world.world == 1 or not any(isinstance(module, _BatchNorm) for module in student.modules()):
-        return student
-    if world.device.type != "cuda":
-        reattends = any(isinstance(module, ReAttention) for module in student.modules())
-        key, value = ("model.attention", "reattention") if reattends else ("model.stem_norm", "batch")
-        raise ConfigError(
-            key,
-            value,
-            "BatchNorm cannot be synchronised between CPU ranks, so the curve would depend on their number",
-            f"use {key}={'softmax' if reattends else 'layer'}, one rank, or GPUs",
-        )
-    return synchronise(student)

@@ -9,16 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from halfseen import config, optim
+from halfseen.checkpoint.stretch import Stretch
 from halfseen.config import ConfigError
 from halfseen.distributed import one_process_group
 
-from .base import batched
 from .ddp import Replicated
 
 
@@ -30,7 +27,6 @@ class FairScale(Replicated):
     """
 
     name = "fairscale"
-    _collected: dict[tuple[str, str], Tensor] = {}  # while ``state`` runs: what it has put together already
 
     @property
     def sharded(self) -> bool:
@@ -42,7 +38,6 @@ class FairScale(Replicated):
     def place(self, student: nn.Module) -> nn.Module:
         """DDP around the student; under ShardedDDP only the move, since that one needs the optimizer."""
         one_process_group(self.world)
-        self._mesh = init_device_mesh(self.world.device.type, (self.world.world,), mesh_dim_names=("shard",))
         return student.to(self.world.device) if self.sharded else super().place(student)
 
     def make_optimizer(self, groups: list[optim.Group]) -> torch.optim.Optimizer:
@@ -130,62 +125,18 @@ class FairScale(Replicated):
 
     # ------------------------------------------------------------------------------------------ state
 
-    def state(self) -> dict[str, Tensor]:
-        """As everywhere; moments come from their owners in a few large messages instead of one for each tensor."""
-        self._collected = self._collect(list(self.trained))
-        try:
-            return super().state()
-        finally:
-            self._collected = {}
-
     def moments(self, name: str) -> dict[str, Tensor]:
-        """The owner's moments, cut along their first axis so that a state costs each rank its share. Collective."""
-        collected = self._collected or self._collect([name])
-        return {slot: collected[name, slot] for slot in self._slots()}
-
-    def _collect(self, names: list[str]) -> dict[tuple[str, str], Tensor]:
-        """This rank's cut of each moment, from the ranks that own them."""
-        found = {}
-        for owner in range(self.world.world):
-            owned = [name for name in names if self._owner[id(self.trained[name])] == owner]
-            shapes = {
-                (name, slot): torch.Size() if slot == "step" else self.trained[name].shape
-                for name in owned
-                for slot in self._slots()
-            }
-            for batch in batched({key: shape.numel() for key, shape in shapes.items()}):
-                sizes = [shapes[key].numel() for key in batch]
-                whole = torch.empty(sum(sizes), device=self.world.device)
-                parts = whole.split(sizes)
-                if owner == self.world.rank:
-                    for (name, slot), part in zip(batch, parts, strict=True):
-                        part.copy_(self._inner().state[self.trained[name]][slot].detach().view(-1))
-                dist.broadcast(whole, owner)
-                for key, part in zip(batch, parts, strict=True):
-                    found[key] = self._cut(part.view(shapes[key]))
+        """The moments where this rank owns them, and nothing of them elsewhere."""
+        parameter = self.trained[name]
+        found: dict[str, Tensor] = {}
+        for slot in self._slots():
+            shape = torch.Size() if slot == "step" else parameter.shape
+            own = self._inner().state[parameter][slot] if name in self._part else parameter.new_empty(0)
+            found[slot] = Stretch(own, shape, 0)
         return found
-
-    def _cut(self, whole: Tensor) -> Tensor:
-        if not whole.ndim:
-            return whole.clone()
-        return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None).clone()
 
     def _slots(self) -> tuple[str, ...]:
         return getattr(self._inner(), "slots", ("step", "exp_avg", "exp_avg_sq"))
-
-    @torch.no_grad()
-    def take(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-        """Moments go to their owners, everything else to every rank. Collective."""
-        for key, value in own.items():
-            if not key.startswith("optim."):
-                value.copy_(given[key])
-                continue
-            name, slot = key.removeprefix("optim.").rsplit(".", 1)
-            whole = given[key]
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
-            if name in self._part:
-                self._inner().state[self.trained[name]][slot].copy_(whole)
 
 
 def _arguments(kind: type[torch.optim.Optimizer]) -> set[str]:

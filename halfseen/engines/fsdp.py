@@ -13,7 +13,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from halfseen.config import ConfigError
 from halfseen.distributed import one_process_group
 
-from .base import Engine, blocks_of, refuse_different_weights
+from .base import Engine
+from .student import blocks_of, refuse_different_weights
 
 
 class Sharded(Engine):

@@ -13,6 +13,7 @@ from .dalle import DALLE
 from .deepvit import DEEPVIT
 from .deit import DEIT, DEIT_STEM
 from .hdvw import HDVW, HDVW_CONVIT
+from .irpe import IRPE
 from .layout import Layout, in_trunk, out_of_trunk, rename
 from .mae import MAE
 from .mini_deit import MINI_DEIT
@@ -20,6 +21,7 @@ from .mini_swin import MINI_SWIN
 from .simmim import SIMMIM
 from .swin import SWIN, TIMM_SWIN
 from .timm import TIMM
+from .timm_hierarchical import TIMM_HIERARCHICAL
 from .transformers import TRANSFORMERS
 from .vqkd import VQKD
 
@@ -38,7 +40,7 @@ LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         *(VQKD, SIMMIM, *TRANSFORMERS, OURS, DALLE, MAE, BEIT2, BEIT, TIMM_BEIT),
-        *(DEIT, DEIT_STEM, MINI_DEIT, MINI_SWIN, TIMM_SWIN, SWIN),
+        *(DEIT, DEIT_STEM, MINI_DEIT, IRPE, MINI_SWIN, TIMM_SWIN, SWIN, TIMM_HIERARCHICAL),
         *(CPVT, PEG_ALONE, DEEPVIT, HDVW_CONVIT, HDVW, TIMM),
     )
 }

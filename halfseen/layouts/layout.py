@@ -70,7 +70,7 @@ def beside(name: str) -> bool:
 
 # Parts of our trunk that the plain ViTs of timm, MAE and DeiT III do not have.
 _BEYOND = re.compile(
-    r"encoder\.(rel_pos_bias\.|blocks\.\d+\.(peg\.|.*(relative_position_bias_table|[qv]_bias|rpe_[qkv]|proj_[lw]|reattention)))"
+    r"encoder\.(body\.|rel_pos_bias\.|blocks\.\d+\.(peg\.|.*(relative_position_bias_table|[qv]_bias|rpe_[qkv]|proj_[lw]|reattention)))"
 )
 
 

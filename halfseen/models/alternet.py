@@ -5,20 +5,38 @@ pre-activated: norm and activation come first. Maps are channels-last, [B, h, w,
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfseen.config import ConfigError
+from halfseen.config import ConfigError, between, positive
 
 from .block import add_branch
 from .convolutional import LocalAttention, pointwise
 from .norm import BatchNorm
+from .staged import Hide, Staged
 
-WIDTHS = (64, 128, 256, 512)  # channels of the stages, times the expansion at their end
-HEADS = (3, 6, 12, 24)
-STRIDE = 32  # pixels on a side of a place of the last map
+HEADS = (3, 6, 12, 24)  # of each stage
+PATCH, STRIDE = 4, 32  # pixels on a side of a place that leaves the stem, and of one of the last map
+
+
+@dataclass
+class AlterNetConfig:
+    """AlterNet: a ResNet whose stages end in attention (how-do-vits-work)."""
+
+    depth: Literal["18", "34", "50"] = "50"  # blocks of each stage as in the ResNet of that name
+    width: int = 64  # channels that leave the stem; each stage has twice as many as the one before
+    window: int = 7  # places on a side of the windows attention looks within; 32 times it divides the image
+    head_width: int = 64  # channels of an attention head
+    drop_path: float = 0.0  # probability of dropping a sample's attention; rises over all blocks
+
+    def check(self, key: str) -> None:
+        """Ranges."""
+        for name in ("width", "window", "head_width"):
+            positive(f"{key}.{name}", getattr(self, name))
+        between(f"{key}.drop_path", self.drop_path, 0.0, 0.99)
 
 
 @dataclass(frozen=True)
@@ -116,57 +134,50 @@ class AttentionBlock(nn.Module):
         return mixed.unflatten(1, grid)
 
 
-class AlterNet(nn.Module):
-    """Image classifier; depth is one of DEPTHS. drop_path rises over all blocks and acts in those of attention."""
+class AlterNet(Staged):
+    """Images to the last map, normalised and activated; drop path acts in the blocks of attention."""
 
-    def __init__(
-        self,
-        depth: str,
-        image_size: int,
-        classes: int,
-        *,
-        window: int = 7,
-        head_width: int = 64,
-        drop_path: float = 0.0,
-    ) -> None:
+    patch, stride = PATCH, STRIDE
+
+    def __init__(self, cfg: AlterNetConfig, image_size: int) -> None:
         super().__init__()
-        if image_size % (STRIDE * window):
-            raise ConfigError(
-                "data.image_size",
-                image_size,
-                f"windows of {window} places tile no stage's map unless the side is a multiple of {STRIDE * window}",
-                f"use e.g. {STRIDE * window}",
-            )
-        shape = DEPTHS[depth]
-        count = sum(shape.blocks)
-        rates = [drop_path * number / (count - 1) for number in range(count)]
-        self.stem = nn.Conv2d(3, WIDTHS[0], 7, 2, 3, bias=False)
+        unit = STRIDE * cfg.window
+        if image_size % unit:
+            reason = f"windows of {cfg.window} places tile every stage's map if the side is a multiple of {unit}"
+            raise ConfigError("data.image_size", image_size, reason, f"use e.g. {unit}, or another alternet.window")
+        self.cfg, self.image_size, self.stem_width = cfg, image_size, cfg.width
+        self.grid = (image_size // STRIDE, image_size // STRIDE)
+        self.tokens = self.grid[0] * self.grid[1]
+        shape = DEPTHS[cfg.depth]
+        self.depth = sum(shape.blocks)
+        rates = [cfg.drop_path * number / (self.depth - 1) for number in range(self.depth)]
+        self.stem = nn.Conv2d(3, cfg.width, 7, 2, 3, bias=False)
         self.blocks = nn.ModuleList()
-        width = WIDTHS[0]
-        for stage, channels in enumerate(WIDTHS):
-            for number, attends in enumerate(pattern(shape.blocks[stage], shape.attention[stage])):
-                stride = 2 if stage and number == 0 else 1
+        width = cfg.width
+        for stage, count in enumerate(shape.blocks):
+            channels = cfg.width << stage
+            for number, attends in enumerate(pattern(count, shape.attention[stage])):
                 if attends:
-                    rate = rates[len(self.blocks)]
-                    size = (HEADS[stage], head_width, window, shape.expansion, rate)
+                    size = (HEADS[stage], cfg.head_width, cfg.window, shape.expansion, rates[len(self.blocks)])
                     self.blocks.append(AttentionBlock(width, channels, *size))
                 else:
+                    stride = 2 if stage and number == 0 else 1
                     self.blocks.append(ConvBlock(width, channels, stride, shape.expansion))
                 width = channels * shape.expansion
         self.width = width
         self.norm = BatchNorm(width)
-        self.head = nn.Linear(width, classes)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """image [B, 3, S, S] -> scores [B, classes]."""
-        return self.head(self.features(image).mean((1, 2)))
-
-    def features(self, image: Tensor) -> Tensor:
-        """image [B, 3, S, S] -> the last map, [B, S/32, S/32, C]."""
-        x = F.max_pool2d(self.stem(image), 3, 2, 1).permute(0, 2, 3, 1)
+    def encode(self, image: Tensor, hide: Hide) -> Tensor:
+        """See Staged."""
+        x = hide(F.max_pool2d(self.stem(image), 3, 2, 1).permute(0, 2, 3, 1))
         for block in self.blocks:
             x = block(x)
-        return torch.relu(self.norm(x))
+        return torch.relu(self.norm(x)).flatten(1, 2)
+
+    def layer_ids(self) -> dict[str, int]:
+        """Layer of each parameter for layer-wise rates: the stem 0, block i is i + 1, the norm with the head."""
+        inside = {name: int(name.split(".")[1]) + 1 for name, _ in self.named_parameters() if name.startswith("blocks")}
+        return {"stem.weight": 0} | inside
 
 
 def pattern(blocks: int, attention: int) -> list[bool]:

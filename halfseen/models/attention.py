@@ -15,9 +15,9 @@ Common = tuple[Tensor, Tensor]
 class Attention(nn.Module):
     """Softmax self-attention with one fused qkv map; keys as in timm: qkv, proj."""
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = Linear(width, 3 * width, bias=qkv_bias)
         self.proj = Linear(width, width)
 
@@ -53,7 +53,17 @@ class Attention(nn.Module):
             biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
             (q,) = self._heads(linear(x[:, -last:], weights[0], biases[0]), 1)
             k, v = self._heads(linear(x, weights[1], biases[1]), 2)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, dropout=self._dropout).transpose(1, 2).flatten(2))
+
+    @property
+    def _dropout(self) -> float:
+        """Probability at which weights are dropped now."""
+        return self.dropout if self.training else 0.0
+
+    def probabilities(self, x: Tensor, places: Places | None = None, repetition: int = 0) -> Tensor:
+        """What the softmax makes of the scores when forward is given x [B, N, D]: [B, H, N, N], rows sum to 1."""
+        q, k, _ = self._heads(self.qkv(x), 3)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, N, parts*D] -> parts tensors [B, H, N, D/H], views."""
@@ -61,19 +71,19 @@ class Attention(nn.Module):
         return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in x.chunk(parts, dim=-1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v -> [B, H, M, d].
 
-    q [B, H, M, d], k and v [B, H, N, d], bias [1 or B, H, M, N].
+    q [B, H, M, d], k and v [B, H, N, d], bias [1 or B, H, M, N]. dropout: probability at which weights are dropped.
     """
     if not plain(q):
-        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout)
     shape, scale = q.shape, q.shape[-1] ** -0.5
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if bias is not None:
         logits = (logits.view(*shape[:-1], -1) + bias.to(q.dtype)).flatten(0, 1)
-    return torch.bmm(logits.softmax(-1), v).view(shape)
+    return torch.bmm(F.dropout(logits.softmax(-1), dropout, training=dropout > 0), v).view(shape)
 
 
 def plain(x: Tensor) -> bool:

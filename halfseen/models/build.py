@@ -15,11 +15,13 @@ from .irpe import Encoding
 from .legality import OVER_A_MAP
 from .peg import PEG
 from .powernorm import PowerNorm
-from .sizes import Size
+from .sizes import Size, groups_of
 from .swiglu import SwiGLU
 
 
-def attention_of(cfg: Model, size: Size, grid: tuple[int, int], prefix: int, block: int) -> Callable[[], nn.Module]:
+def attention_of(
+    cfg: Model, size: Size, grid: tuple[int, int], prefix: int, block: int, repetitions: int = 1
+) -> Callable[[], nn.Module]:
     """Makes the attention of one block (the number of its first repetition), or of one branch of a parallel block."""
     if cfg.attention in OVER_A_MAP and block in (cfg.attention_blocks or range(size.depth)):
         return lambda: OnGrid(map_attention_of(cfg, size), grid)
@@ -35,11 +37,11 @@ def attention_of(cfg: Model, size: Size, grid: tuple[int, int], prefix: int, blo
         irpe_on=cfg.irpe_on if irpe else "",
         mixing=None if cfg.head_mixing == "none" else cfg.head_mixing == "affine",
         reattention=cfg.attention == "reattention" and block in (cfg.attention_blocks or range(size.depth)),
-        repetitions=cfg.share,
+        repetitions=repetitions,
     )
-    if parts == Parts(repetitions=cfg.share) and cfg.relative == "none" and not cfg.rope:
-        return lambda: Attention(size.width, size.heads, cfg.qkv_bias)
-    return lambda: GeneralAttention(size.width, size.heads, cfg.qkv_bias, parts)
+    if parts == Parts(repetitions=repetitions) and cfg.relative == "none" and not cfg.rope:
+        return lambda: Attention(size.width, size.heads, cfg.qkv_bias, cfg.attention_dropout)
+    return lambda: GeneralAttention(size.width, size.heads, cfg.qkv_bias, parts, cfg.attention_dropout)
 
 
 def map_attention_of(cfg: Model, size: Size) -> Attention2d:
@@ -57,7 +59,7 @@ def norm_of(cfg: Model, size: Size) -> nn.Module:
 
 
 def blocks_of(cfg: Model, size: Size, grid: tuple[int, int], prefix: int) -> list[nn.Module]:
-    """The trunk's modules in order: depth blocks, or depth/share of them with share repetitions each."""
+    """The trunk's modules in order: depth blocks, or one for each group, with as many repetitions."""
     steps = max(size.depth - 1, 1)
     ramp = [step / steps if cfg.drop_path_shape == "linear" else 1.0 for step in range(size.depth)]
     rates = [cfg.drop_path * share for share in ramp]
@@ -68,14 +70,16 @@ def blocks_of(cfg: Model, size: Size, grid: tuple[int, int], prefix: int) -> lis
         "norm": lambda: norm_of(cfg, size),
     }
     blocks: list[nn.Module] = []
-    for first in range(0, size.depth, cfg.share):
+    first = 0
+    for count in groups_of(cfg, size.depth):
         own = parts | {
-            "attention": attention_of(cfg, size, grid, prefix, first),
+            "attention": attention_of(cfg, size, grid, prefix, first, count),
             "peg": PEG(size.width, grid, prefix) if first < cfg.peg else None,
         }
         if cfg.parallel > 1:
             blocks.append(ParallelBlock(*shape, cfg.parallel, rate=rates[first], **own))
         else:
-            shared = tuple(rates[first : first + cfg.share])
+            shared = tuple(rates[first : first + count])
             blocks.append(Block(*shape, rates=shared, norm_place=cfg.norm_place, **own))
+        first += count
     return blocks

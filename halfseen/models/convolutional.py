@@ -70,7 +70,7 @@ class ConvAttention2d(Attention2d):
         padding: Padding = "masked",
     ) -> None:
         super().__init__(width, heads, head_width, out)
-        if kernel % 2 == 0:
+        if dilation * (kernel - 1) % 2:
             raise ValueError(f"a kernel of {kernel} places has no centre: use an odd one")
         self.kernel, self.dilation, self.padding = kernel, dilation, padding
 

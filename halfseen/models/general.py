@@ -1,7 +1,7 @@
 """Attention with everything that acts on its scores; plain attention stays in attention.py, as fast as it is.
 
 In this order: q k^T / sqrt(d), iRPE on keys and queries, relative position bias, first head mixing, softmax, second
-head mixing, re-attention, values, iRPE on values.
+head mixing, re-attention, dropout, values, iRPE on values.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .attention import Attention, Common, attend
 from .irpe import Encoding, encoding_of
@@ -51,8 +52,10 @@ class GeneralAttention(Attention):
 
     relative_position_index: Tensor
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool = True, parts: Parts = Parts()) -> None:
-        super().__init__(width, heads, qkv_bias and parts.key_bias)
+    def __init__(
+        self, width: int, heads: int, qkv_bias: bool = True, parts: Parts = Parts(), dropout: float = 0.0
+    ) -> None:
+        super().__init__(width, heads, qkv_bias and parts.key_bias, dropout)
         apart = qkv_bias and not parts.key_bias
         self.q_bias = nn.Parameter(torch.zeros(width)) if apart else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if apart else None
@@ -93,40 +96,57 @@ class GeneralAttention(Attention):
         if last is not None or common is not None:
             raise ValueError("only plain attention can compute some tokens alone")
         places = Places() if places is None else places
-        projected = self.qkv(x)
-        if self.q_bias is not None and self.v_bias is not None:
-            projected = projected + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        projected = self._project(x)
         if qkv is not None:
             qkv.append(projected)
-        q, k, v = self._heads(projected, 3)
-        if places.rotation is not None:
-            q, k = rotate(q, places.rotation), rotate(k, places.rotation)
+        q, k, v = self._turned(projected, places)
         bias = self._bias(places)
-        mixed = self._weigh(q, k, v, bias, places, repetition) if self.scores_are_seen else attend(q, k, v, bias)
+        if self.scores_are_seen:
+            mixed = self._weigh(q, k, v, bias, places, repetition)
+        else:
+            mixed = attend(q, k, v, bias, self._dropout)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
-    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, places: Places, repetition: int) -> Tensor:
-        """The values [B, H, N, d], weighted by scores that are formed one part after the other."""
+    def probabilities(self, x: Tensor, places: Places | None = None, repetition: int = 0) -> Tensor:
+        """As Attention's: after what acts on scores, and before what mixes the maps of the softmax."""
+        places = Places() if places is None else places
+        q, k, _ = self._turned(self._project(x), places)
+        return self._scores(q, k, self._bias(places), places, repetition).softmax(-1)
 
-        def own(module: nn.Module | None) -> nn.Module | None:
-            return module[repetition] if isinstance(module, nn.ModuleList) else module
+    def _project(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> queries, keys and values [B, N, 3D]."""
+        projected = self.qkv(x)
+        if self.q_bias is None or self.v_bias is None:
+            return projected
+        return projected + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
+    def _turned(self, projected: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads' queries, keys and values [B, H, N, d], the first two turned by their places."""
+        q, k, v = self._heads(projected, 3)
+        return (q, k, v) if places.rotation is None else (rotate(q, places.rotation), rotate(k, places.rotation), v)
+
+    def _scores(self, q: Tensor, k: Tensor, bias: Tensor | None, places: Places, repetition: int) -> Tensor:
+        """What the softmax is applied to, [B, H, N, N], formed one part after the other."""
         scale = q.shape[-1] ** -0.5
         q = q * scale
         scores = q @ k.transpose(-2, -1)
-        if (rpe := own(self.rpe_k)) is not None:
+        if (rpe := own(self.rpe_k, repetition)) is not None:
             scores = scores + rpe(q, places.present)
-        if (rpe := own(self.rpe_q)) is not None:
+        if (rpe := own(self.rpe_q, repetition)) is not None:
             scores = scores + rpe(k * scale, places.present).transpose(-2, -1)
         if bias is not None:
             scores = scores + bias
-        if (mixing := own(self.proj_l)) is not None:
-            scores = mixing(scores)
-        weights = scores.softmax(-1)
-        for part in (own(self.proj_w), own(self.reattention)):
+        mixing = own(self.proj_l, repetition)
+        return scores if mixing is None else mixing(scores)
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, places: Places, repetition: int) -> Tensor:
+        """The values [B, H, N, d], weighted by scores that are seen on the way."""
+        weights = self._scores(q, k, bias, places, repetition).softmax(-1)
+        for part in (own(self.proj_w, repetition), own(self.reattention, repetition)):
             weights = weights if part is None else part(weights)
+        weights = F.dropout(weights, self.dropout, self.training)
         mixed = weights @ v
-        if (rpe := own(self.rpe_v)) is not None:
+        if (rpe := own(self.rpe_v, repetition)) is not None:
             mixed = mixed + rpe(weights, places.present)
         return mixed
 
@@ -137,3 +157,8 @@ class GeneralAttention(Attention):
             own = bias_of(self.relative_position_bias_table, self.relative_position_index, places.present)
             bias = own if bias is None else bias + own
         return bias
+
+
+def own(module: nn.Module | None, repetition: int) -> nn.Module | None:
+    """A repetition's own entry of a list, or the module that all share."""
+    return module[repetition] if isinstance(module, nn.ModuleList) else module

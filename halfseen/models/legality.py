@@ -10,12 +10,12 @@ OVER_A_MAP = ("strided", "convolutional")  # kinds of attention that need the wh
 def check(cfg: Model) -> None:
     """Raise ConfigError, with reason and fix, for parts that cannot stand together."""
     size = resolve(cfg)
-    if cfg.share > 1 and cfg.parallel > 1:
+    shared = shares(cfg)
+    if shared and cfg.parallel > 1:
         raise ConfigError(
-            "model.share",
-            cfg.share,
+            *shared,
             f"weight sharing is defined for sequential blocks, not for model.parallel={cfg.parallel}",
-            "use model.share=1 or model.parallel=1",
+            "use blocks of their own, model.share=1, or model.parallel=1",
         )
     if cfg.parallel > 1 and cfg.norm_place != "pre":
         raise ConfigError(
@@ -51,6 +51,13 @@ def check(cfg: Model) -> None:
     _check_peg(cfg, size.depth)
 
 
+def shares(cfg: Model) -> tuple[str, object] | None:
+    """The option that lets blocks share weights, and its value; None if none do."""
+    if max(cfg.groups, default=1) > 1:
+        return "model.groups", cfg.groups
+    return ("model.share", cfg.share) if cfg.share > 1 else None
+
+
 def _check_attention(cfg: Model, depth: int) -> None:
     if cfg.attention_blocks:
         unknown = sorted(set(cfg.attention_blocks) - set(range(depth)))
@@ -59,11 +66,11 @@ def _check_attention(cfg: Model, depth: int) -> None:
             raise ConfigError(
                 "model.attention_blocks", cfg.attention_blocks, reason, f"use numbers from 0 to {depth - 1}"
             )
-        if cfg.share > 1:
+        if shares(cfg):
             raise ConfigError(
                 "model.attention_blocks",
                 cfg.attention_blocks,
-                f"model.share={cfg.share} consecutive blocks share one attention",
+                "consecutive blocks share one attention, as model.share or model.groups says",
                 "use model.share=1, or the same attention in all blocks",
             )
     if cfg.head_width is not None and cfg.attention not in OVER_A_MAP:
@@ -95,6 +102,7 @@ OFF_OVER_A_MAP = {
     "relative": "none",
     "irpe": "none",
     "rope": False,
+    "attention_dropout": 0.0,
     "head_mixing": "none",
     "key_bias": True,
 }
@@ -103,11 +111,11 @@ OFF_OVER_A_MAP = {
 def _check_peg(cfg: Model, depth: int) -> None:
     if cfg.peg > depth:
         raise ConfigError("model.peg", cfg.peg, f"there are only {depth} blocks to stand behind", f"at most {depth}")
-    if cfg.peg and cfg.share > 1:
+    if cfg.peg and shares(cfg):
         raise ConfigError(
             "model.peg",
             cfg.peg,
-            f"model.share={cfg.share} consecutive blocks run as one, so nothing can stand between them",
+            "blocks that share weights (model.share, model.groups) run as one, so nothing can stand between them",
             "use model.share=1 or model.peg=0",
         )
 

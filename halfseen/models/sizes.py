@@ -44,11 +44,22 @@ def resolve(model: Model) -> Size:
             f"does not divide the width {size.width}",
             f"use one of {legal[:12]}, or another model.width",
         )
-    if size.depth % model.share:
-        raise ConfigError(
-            "model.share",
-            model.share,
-            f"does not divide the depth {size.depth}",
-            "use a divisor of model.depth",
-        )
+    groups_of(model, size.depth)
     return size
+
+
+def groups_of(model: Model, depth: int) -> tuple[int, ...]:
+    """How many consecutive blocks share their weights, group by group; they sum to depth. ConfigError otherwise."""
+    if not model.groups:
+        if depth % model.share:
+            reason = f"does not divide the depth {depth}"
+            raise ConfigError("model.share", model.share, reason, "use a divisor of model.depth, or model.groups")
+        return (model.share,) * (depth // model.share)
+    if min(model.groups) < 1 or sum(model.groups) != depth:
+        reason = (
+            f"sums to {sum(model.groups)}, not to the depth {depth}" if min(model.groups) > 0 else "has a group of 0"
+        )
+        raise ConfigError("model.groups", model.groups, reason, "say of every group how many blocks it has")
+    if model.share != 1:
+        raise ConfigError("model.share", model.share, "model.groups says it of every group", "use model.share=1")
+    return tuple(model.groups)

@@ -4,6 +4,7 @@ Shapes: B batch, h x w places of a stage, W windows of M x M places, C channels.
 where an equal part exists. What a repetition of a shared block has for itself is a list with one entry each.
 """
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -18,6 +19,7 @@ from .block import add_branch
 from .feed import Mlp
 from .general import HeadMixing
 from .relative import bias_of, relative_index, relative_rows
+from .staged import hide_places
 from .vit import Trace, block_flops
 
 # Channels of the first stage, blocks and heads of each stage.
@@ -78,19 +80,26 @@ class SwinConfig:
         depths = tuple(self.depths) or depths
         return self.width or width, depths, tuple(self.heads) or heads, tuple(self.share) or (1,) * len(depths)
 
+    @property
+    def stride(self) -> int:
+        """Pixels on the side of a place of the last stage."""
+        return self.patch << (len(self.resolved()[1]) - 1)
+
 
 class Swin(nn.Module):
     """Patches, stages of windowed blocks with a merging of 2 x 2 places between them, final norm; tokens out."""
 
     prefix = 0  # tokens before the places
+    # What only ViTs have.
     dist_token = None
+    pos_embed = None
 
     def __init__(self, cfg: SwinConfig, image_size: int) -> None:
         super().__init__()
         width, depths, heads, share = cfg.resolved()
         self.cfg, self.depth, self.patch = cfg, sum(depths), cfg.patch
-        self.width = width << (len(depths) - 1)
-        self.stride = cfg.patch << (len(depths) - 1)  # pixels on the side of a place of the last stage
+        self.stem_width, self.width = width, width << (len(depths) - 1)
+        self.stride = cfg.stride
         sides = stage_sides(cfg, image_size, len(depths))
         self.grid = (sides[-1], sides[-1])
         self.tokens = sides[-1] ** 2
@@ -137,10 +146,7 @@ class Swin(nn.Module):
         """What enters the first stage, [B, h', w', C']. Arguments as in forward."""
         x = self.patch_embed(image)
         if mask is not None and mask_token is not None:
-            side = round(mask.shape[1] ** 0.5)
-            cell = x.shape[1] // side
-            hidden = mask.view(-1, side, side).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-            x = torch.where(hidden[..., None], mask_token.to(x.dtype), x)
+            x = hide_places(x, mask, mask_token)
         return x if self.absolute_pos_embed is None else x + self.absolute_pos_embed.view(1, *x.shape[1:])
 
     def trace(
@@ -183,6 +189,20 @@ class Swin(nn.Module):
     def width_of(self, block: int) -> int:
         """Channels of a block."""
         return self.stages[self.stage_of(block)].width
+
+    def layer_ids(self) -> dict[str, int]:
+        """Layer of each parameter for layer-wise rates (microsoft/SimMIM, optimizer.py): embeddings 0, then the blocks.
+
+        A merging is of the layer of the block before it, a shared block counts once, the norm is left to the head.
+        """
+        counts, found = [len(stage.blocks) for stage in self.stages], {}
+        for name, _ in self.named_parameters():
+            if inside := re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name):
+                before = sum(counts[: int(inside[1])])
+                found[name] = before + (int(inside[2]) + 1 if inside[2] else 0)
+            elif name.startswith(("patch_embed.", "absolute_pos_embed")):
+                found[name] = 0
+        return found
 
     def flops(self) -> float:
         """Forward matmul FLOPs per image (a multiply-add is 2)."""

@@ -20,7 +20,7 @@ from .places import Places
 from .positions import sincos
 from .relative import RelativeBias
 from .rotary import angles
-from .sizes import resolve
+from .sizes import groups_of, resolve
 from .stem import stem_of
 
 
@@ -48,6 +48,7 @@ class ViT(nn.Module):
         check(cfg)
         self.cfg, self.size = cfg, size
         self.width, self.depth, self.patch = size.width, size.depth, size.patch
+        self.groups = groups_of(cfg, size.depth)  # blocks that each module of self.blocks stands for
         self.grid = grid_of(image_size, size.patch)
         self.tokens = self.grid[0] * self.grid[1]
         named = int(cfg.class_token) + int(cfg.distillation_token)
@@ -109,10 +110,11 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         *,
+        index: Tensor | None = None,
         layers: Collection[int] = (),
         qkv: Collection[int] = (),
     ) -> Trace:
-        """All tokens, and what chosen blocks computed: their results (layers), their queries, keys and values (qkv).
+        """The tokens, and what chosen blocks computed: their results (layers), their queries, keys and values (qkv).
 
         The arguments are those of forward. Nothing is kept anywhere: what is asked for is returned.
         """
@@ -121,14 +123,15 @@ class ViT(nn.Module):
             raise ValueError(f"there are no blocks {unknown}, only 0 to {self.depth - 1}")
         if qkv and (self.cfg.parallel > 1 or self.cfg.attention in OVER_A_MAP):
             raise ValueError("queries, keys and values of one attention over tokens are asked for, and there is none")
-        x = self.embed(image, None, mask, mask_token)
-        places = self.places()
+        x = self.embed(image, index, mask, mask_token)
+        places = self.places(index)
         found = Trace(x)
-        for number, block in enumerate(self.blocks):
-            first = number * self.cfg.share
+        first = 0
+        for count, block in zip(self.groups, self.blocks):
             x, states, projected = block(x, places=places, trace=True)
             found.layers.update({first + step: state for step, state in enumerate(states) if first + step in layers})
             found.qkv.update({first + step: value for step, value in enumerate(projected) if first + step in qkv})
+            first += count
         return Trace(self.norm(x), found.layers, found.qkv)
 
     def places(self, index: Tensor | None = None) -> Places | None:
@@ -197,7 +200,7 @@ class ViT(nn.Module):
         if cfg.attention in OVER_A_MAP:
             # There a token looks at fewer than all.
             seen = cfg.attention_kernel**2 if cfg.attention == "convolutional" else tokens / cfg.attention_stride**2
-            total -= len(cfg.attention_blocks or self.blocks) * cfg.share * 4.0 * tokens * self.width * (tokens - seen)
+            total -= len(cfg.attention_blocks or range(self.depth)) * 4.0 * tokens * self.width * (tokens - seen)
         return total
 
 

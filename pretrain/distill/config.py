@@ -5,10 +5,17 @@ from typing import Literal
 
 from halfseen.classification import Task
 from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, at_least, between, positive
+from halfseen.models.alternet import AlterNetConfig
+from halfseen.models.hierarchical import TimmConfig
+from halfseen.models.legality import check_visible_only
 from halfseen.models.swin import SwinConfig
+from halfseen.models.trainable import check_trainable
+from halfseen.models.trunks import Kind
 from halfseen.teachers import Layers, TeacherConfig
 
-from .store import StoreConfig
+from ..config import Mask, Target
+from ..mae import MAEConfig
+from .store import Answers
 
 
 @dataclass
@@ -29,6 +36,7 @@ class Distillation:
     hidden_form: Literal["code", "paper", "match"] = "code"  # how results are compared, see above
     hidden_factor: float = 49.0  # form code: the factor, which the released code leaves at 49 for any token count
     resize: bool = False  # bring the teacher's patch tokens to the student's grid where the numbers differ
+    gradients: bool = False  # with run.picture_every: log each term's gradient norm; a forward and backward for each
 
     @property
     def student(self) -> Layers:
@@ -80,14 +88,15 @@ class Masking:
     """Masked image modelling at the same time: the student sees a masked image, the teacher the whole one."""
 
     weight: float = 0.0  # of the loss on hidden patches; 0: nothing is hidden
-    ratio: float = 0.6  # share of patches that the student sees a mask token for
-    target: Literal["pixels", "hog"] = "pixels"  # what is predicted of them, by one linear map (SimMIM, MaskFeat)
-    normalise: bool = False  # pixels: relative to each patch's own mean and deviation
+    # mae: the student's scores and relations are those of visible patches
+    form: Literal["mim", "mae"] = "mim"  # mim: hidden patches replaced (BEiT, SimMIM); mae: left out, and decoded
+    mask: Mask = field(default_factory=lambda: Mask(ratio=0.6))
+    target: Target = field(default_factory=lambda: Target(normalise=False, error="absolute"))
+    mae: MAEConfig = field(default_factory=MAEConfig)  # of form mae
 
     def check(self, key: str) -> None:
         """Ranges."""
         at_least(f"{key}.weight", self.weight, 0.0)
-        between(f"{key}.ratio", self.ratio, 0.0, 0.99)
 
 
 @dataclass
@@ -95,9 +104,11 @@ class Distill:
     """A distillation run. Defaults are DeiT's published recipe for the distilled ViT-B (300 epochs)."""
 
     stage: Literal["distill"] = "distill"
-    trunk: Literal["vit", "swin"] = "vit"  # which of the next two sections describes the student
+    trunk: Kind = "vit"  # which section describes the student: vit model, the others their own
     model: Model = field(default_factory=lambda: Model(distillation_token=True, drop_path=0.1))
     swin: SwinConfig = field(default_factory=SwinConfig)
+    timm: TimmConfig = field(default_factory=TimmConfig)
+    alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
     data: Data = field(default_factory=lambda: Data(repeats=3))
     augment: Augment = field(
         default_factory=lambda: Augment(
@@ -108,7 +119,7 @@ class Distill:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distillation: Distillation = field(default_factory=Distillation)
     mim: Masking = field(default_factory=Masking)
-    store: StoreConfig = field(default_factory=StoreConfig)
+    store: Answers = field(default_factory=Answers)
     optim: Optim = field(
         default_factory=lambda: Optim(
             base_lr=5e-4,
@@ -132,15 +143,18 @@ class Distill:
         if self.data.label == "none":
             raise ConfigError("data.label", "none", "the labels are learned too, and evaluated", "e.g. data.label=cls")
         vit = self.trunk == "vit"
-        if self.task.pool == "class" and not (vit and self.model.class_token):
+        if self.task.pool == "class" and self.trunk != "timm" and not (vit and self.model.class_token):
             fix = "task.pool=norm_mean, the mean of all tokens after the final norm"
             raise ConfigError("task.pool", "class", "the student has no class token", fix)
-        if not vit and self.optim.layer_decay != 1.0:
-            reason = "layer-wise rates are defined for the ViT alone"
-            raise ConfigError("optim.layer_decay", self.optim.layer_decay, reason, "optim.layer_decay=1")
-        if self.mim.weight and (not vit or self.model.stem == "conv"):
-            reason = "only a ViT whose stem works patch by patch can see mask tokens"
+        if self.mim.weight and (self.trunk not in ("vit", "swin") or (vit and self.model.stem == "conv")):
+            reason = "only a Swin, or a ViT whose stem works patch by patch, can see mask tokens"
             raise ConfigError("mim.weight", self.mim.weight, reason, "mim.weight=0")
+        if self.mim.weight and not vit and self.mim.form == "mae":
+            raise ConfigError("mim.form", "mae", "a Swin needs every place of its windows", "mim.form=mim")
+        if vit:
+            check_trainable(self.model, self.data.image_size, self.engine.recompute)
+            if self.mim.weight and self.mim.form == "mae":
+                check_visible_only(self.model)
         self._check_heads(vit and self.model.distillation_token)
         if self.augment.mixup + self.augment.cutmix > 0 and 0 < self.task.mix_stride < self.data.repeats:
             reason = f"is below data.repeats={self.data.repeats}, so images would be mixed with themselves"

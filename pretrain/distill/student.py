@@ -56,24 +56,47 @@ class Distilled(Classifier):
         """See the class."""
         if batch.get("task") == "predict":
             return super().forward(batch)
-        layers, image, target = self.cfg.student, batch["image"], batch["target"]
-        part = self.hidden_patches
-        masked = {} if part is None else {"mask": batch["mask"], "mask_token": part.mask_token}
-        if layers.qkv or layers.hidden:
-            trace = self.encoder.trace(image, **masked, layers=layers.hidden, qkv=layers.qkv)
-        else:
-            trace = Trace(self.encoder(image, **masked))
+        trace = self._seen(batch)
         logits = self.head(self.pooled(trace.tokens)).float()
         taught = logits if self.head_dist is None else self.head_dist(trace.tokens[:, 1]).float()
         terms = self._scores(logits, taught, batch) | self._relations(trace, batch)
-        if part is not None:
-            terms["loss_mim"] = part(trace.tokens[:, self.encoder.prefix :], batch)
-        shown = {"accuracy": agreement(logits, target)}
-        if "teacher_ms" in batch:
-            shown["teacher_ms"] = batch["teacher_ms"]
+        shown = {"accuracy": agreement(logits, batch["target"])}
+        if self.hidden_patches is not None:
+            # Where the classifier's norm comes after its mean, it is the tokens' norm too, as of a teacher.
+            found = self.hidden_patches.scalars(self.fc_norm(trace.tokens), batch)
+            terms["loss_mim"] = found.pop("loss_mim")
+            shown |= found
+        shown |= {name: batch[name] for name in ("teacher_ms", "teacher_share") if name in batch}
         if "teacher_logits" in batch:
             shown["agreement"] = agreement(taught, batch["teacher_logits"])
         return {"loss": torch.stack(list(terms.values())).sum(), **terms, **shown}
+
+    @property
+    def terms(self) -> list[str]:
+        """The terms of the loss, by the names under which forward returns them."""
+        cfg = self.cfg
+        weights = {
+            "labels": cfg.label_weight,
+            "scores": cfg.share if cfg.scores != "none" else 0.0,
+            "attention": cfg.attention,
+            "hidden": cfg.hidden,
+            "mim": 0.0 if self.hidden_patches is None else self.hidden_patches.weight,
+        }
+        return [f"loss_{name}" for name, weight in weights.items() if weight]
+
+    def _seen(self, batch: dict[str, Any]) -> Trace:
+        """The trunk's tokens and the compared blocks, of the image as the student sees it."""
+        layers, image = self.cfg.student, batch["image"]
+        if self.hidden_patches is not None:
+            return self.hidden_patches.see(self.encoder, batch, layers)
+        if layers.qkv or layers.hidden:
+            return self.encoder.trace(image, layers=layers.hidden, qkv=layers.qkv)
+        return Trace(self.encoder(image))
+
+    def _beside(self, tokens: Sequence[Tensor], batch: dict[str, Any]) -> list[Tensor]:
+        """The teacher's patch tokens of each block that the student's are compared with."""
+        part = self.hidden_patches
+        return list(tokens) if part is None else [part.alike(each, batch) for each in tokens]
 
     def _scores(self, logits: Tensor, taught: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Losses of the class head on labels and of the taught head on the teacher's scores, weighted."""
@@ -89,11 +112,13 @@ class Distilled(Classifier):
         """Losses of the compared blocks, mean over blocks, weighted."""
         cfg, prefix, terms = self.cfg, self.encoder.prefix, {}
         if cfg.attention:
-            pairs = zip((trace.qkv[n][:, prefix:] for n in cfg.student_layers), batch["teacher_qkv"], strict=True)
+            theirs = self._beside(batch["teacher_qkv"], batch)
+            pairs = zip((trace.qkv[n][:, prefix:] for n in cfg.student_layers), theirs, strict=True)
             values = [losses.attention_relation(a, b, cfg.relation_heads, cfg.pairs) for a, b in pairs]
             terms["loss_attention"] = cfg.attention * losses.over_layers(values)
         if cfg.hidden:
-            pairs = zip((trace.layers[n][:, prefix:] for n in cfg.student_layers), batch["teacher_hidden"], strict=True)
+            theirs = self._beside(batch["teacher_hidden"], batch)
+            pairs = zip((trace.layers[n][:, prefix:] for n in cfg.student_layers), theirs, strict=True)
             values = [self._hidden(a, b, fit) for (a, b), fit in zip(pairs, self.fit_of)]
             terms["loss_hidden"] = cfg.hidden * losses.over_layers(values)
         return terms
@@ -103,6 +128,18 @@ class Distilled(Classifier):
         if self.cfg.hidden_form == "match":
             return losses.matching(self.fits[fit](ours), theirs)
         return losses.hidden_relation(ours, theirs, self.cfg.hidden_form, self.cfg.hidden_factor)
+
+    def blocks(self) -> list[nn.Module]:
+        """Units to shard, recompute and compile."""
+        part = self.hidden_patches
+        return super().blocks() + ([] if part is None else part.blocks())
+
+    def train_flops_per_image(self) -> float:
+        """Matrix multiplications of one training step; the losses' own are left out."""
+        if self.hidden_patches is None:
+            return super().train_flops_per_image()
+        head = 2.0 * self.encoder.width * self.classes
+        return 3.0 * (self.hidden_patches.flops(self.encoder) + head)
 
 
 def new_fit(width: int, teacher_width: int) -> nn.Linear:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,12 +14,15 @@ from torch.nn import functional as F
 from halfseen.config import ConfigError
 from halfseen.teachers import Teacher
 
+from ..store import Missing
 from .config import Distillation
-from .store import Missing, Stored
+from .store import Answer, Stored
 
-Answer = dict[str, Any]  # teacher_logits [B, K]; teacher_qkv and teacher_hidden: a list with a tensor for each block
 # From a prepared image [B, 3, S, S], its positions int64 [B] on the CPU and its samples' keys.
 Ask = Callable[[Tensor, Tensor, Sequence[str]], Answer]
+
+
+FADING = 0.98  # weight of the past in the teacher's share of the time, at each question
 
 
 class Live:
@@ -56,33 +60,45 @@ class FromStore:
 
 
 class Timed:
-    """Adds teacher_ms to an answer: what the last one known to be finished took. Never waits for the device."""
+    """Adds to an answer what answers take: teacher_ms, the last one known to be finished; teacher_share, of all time.
+
+    teacher_share compares with the time from one question to the next, over about the last 50. Both are 0 before the
+    first is known: ranks must return the same scalars. Never waits for the device.
+    """
 
     def __init__(self, ask: Ask, device: torch.device) -> None:
-        self.ask, self.device, self.last = ask, device, 0.0
-        self.pending: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.ask, self.device = ask, device
+        self.took = self.asking = self.passed = 0.0  # milliseconds; the latter two fade
+        self.earlier: deque[tuple[Any, Any]] = deque()  # begin and end of each answer that is not yet counted
 
     def __call__(self, image: Tensor, position: Tensor, keys: Sequence[str]) -> Answer:
         """As the one asked."""
-        if self.device.type == "cuda":
-            answer = self._on_device(image, position, keys)
-        else:
-            began = time.perf_counter()
-            answer = self.ask(image, position, keys)
-            self.last = 1e3 * (time.perf_counter() - began)
-        return answer | {"teacher_ms": torch.full((), self.last, device=self.device)}
-
-    def _on_device(self, image: Tensor, position: Tensor, keys: Sequence[str]) -> Answer:
-        if self.pending and self.pending[1].query():
-            self.last, self.pending = self.pending[0].elapsed_time(self.pending[1]), None
-        if self.pending:
-            return self.ask(image, position, keys)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+        begin = self._mark()
+        self._count(begin)
         answer = self.ask(image, position, keys)
-        ended.record()
-        self.pending = began, ended
-        return answer
+        self.earlier.append((begin, self._mark()))
+        figures = {"teacher_ms": self.took, "teacher_share": self.asking / max(self.passed, 1e-9)}
+        return answer | {name: torch.full((), value, device=self.device) for name, value in figures.items()}
+
+    def _count(self, now: Any) -> None:
+        """Take in the answers that were finished when the next question began."""
+        while self.earlier:
+            following = self.earlier[1][0] if len(self.earlier) > 1 else now
+            if self.device.type == "cuda" and not following.query():
+                return
+            begin, end = self.earlier.popleft()
+            self.took, period = self._between(begin, end), self._between(begin, following)
+            self.asking, self.passed = FADING * self.asking + self.took, FADING * self.passed + period
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, one: Any, other: Any) -> float:
+        return one.elapsed_time(other) if self.device.type == "cuda" else 1e3 * (other - one)
 
 
 class Resized:

@@ -1,8 +1,9 @@
 """The distillation stage: data, student, teacher, evaluation; the rest is shared (halfseen/stage)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from halfseen.classification.evaluation import Evaluations
 from halfseen.config import Batches, ConfigError
 from halfseen.data.transforms import finetune_transform
 from halfseen.distributed import World
-from halfseen.models import ViT
-from halfseen.models.swin import Swin
+from halfseen.models import ViT, trunks
 
-from . import masking, store, teacher
-from .config import Distill
+from .. import store
+from . import masking, teacher
+from . import store as answers
+from .config import Distill, Distillation
+from .shares import GradientShares
 from .student import Distilled
 from .teacher import Answer, Ask
 
@@ -32,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         made = parts(config, world, folder)
         stage.announce(config, folder, made, world)
         evaluations = Evaluations(config, folder, made.batches.micro, world) if config.data.val else None
-        outcome = stage.run(opened, made, world, evaluate=evaluations)
+        shares = gradient_shares(config, made, world) if config.distillation.gradients else None
+        outcome = stage.run(opened, made, world, evaluate=evaluations, picture=shares)
     return stage.exit_code(outcome)
 
 
@@ -44,33 +48,55 @@ def parts(config: Distill, world: World, folder: Path) -> stage.Parts:
     student, ask = create_student(config, ask, example, world)
 
     transform = finetune_transform(config.augment, config.data.image_size)
-    stream = stage.stream(config, train_set, transform, batches, world, folder)
+    stream = stage.stream(config, train_set, transform, batches, world, folder, mask=masking.host(config))
+    period = store.period_of(config, config.store, "store", train_set.images)
+    stream = store.repeated(stream, period, batches)
     prepared = Prepare(config, batches, world.device, ask, student)
-    return stage.Parts(student, train_set, batches, spans, stream, prepared, student.layer_of, student.layers())
+    layers = (student.layer_of, student.layers())
+    return stage.Parts(student, train_set, batches, spans, stream, prepared, *layers, period=period)
+
+
+def gradient_shares(config: Distill, made: stage.Parts, world: World) -> GradientShares:
+    """Measures the terms' gradients on this rank's first micro-batch of the run."""
+    transform = finetune_transform(config.augment, config.data.image_size)
+
+    def first() -> dict[str, Any]:
+        settings, mask = replace(config.data, workers=0), masking.host(config)
+        batches = data.train_batches(
+            made.train_set,
+            settings,
+            transform,
+            seed=config.run.seed,
+            start=0,
+            plan=made.batches,
+            rank=world.rank,
+            mask=mask,
+        )
+        return made.prepare(next(batches))
+
+    return GradientShares(cast(Distilled, made.student).terms, first)
 
 
 def open_teacher(config: Distill, train_set: data.ImageSet, total: int, world: World) -> tuple[Ask, Answer]:
     """Whom to ask during a run of ``total`` images -- the teacher, a store, or both -- and an answer to one image."""
-    stored, gaps = None, []
-    if config.store.folder:
-        folder, sizes = Path(config.store.folder), (store.block_of(config), store.span_of(config))
-        store.refuse_other(folder, store.describe(config, train_set))
-        stored = store.Stored(folder, *sizes, config.data.classes, world.device)
-        gaps = stored.gaps(total)
-        if gaps and config.store.missing == "stop":
-            reason = f"{len(gaps)} shards that the run needs are missing, the first is {gaps[0]}"
-            fix = "make them with `halfseen teach`, train less (run.images), or set store.missing=live"
-            raise ConfigError("store.folder", config.store.folder, reason, fix)
-        if world.main:
-            print(f"teacher   answers in {folder}" + (f", {len(gaps)} shards missing" if gaps else ""), flush=True)
-    if stored is not None and config.store.missing == "stop":
-        return teacher.FromStore(stored, None), stored.example()
+    cfg = config.store
+    if not cfg.folder:
+        live = live_teacher(config, world)
+        return live, live(black(config).to(world.device))
+    folder, described = Path(cfg.folder), answers.describe(config, train_set)
+    store.refuse_other(folder, described)
+    stored = answers.Stored(
+        folder, answers.block_of(config), answers.span_of(config), config.data.classes, world.device
+    )
+    period = store.period_of(config, cfg, "store", train_set.images)
+    gaps = store.refuse_gaps(stored, min(total, period or total), cfg, "store")
+    if world.main:
+        print(f"teacher   answers in {folder}" + (f", {len(gaps)} shards missing" if gaps else ""), flush=True)
+    if cfg.missing == "stop":
+        return teacher.FromStore(stored, None), stored.one()
     live = live_teacher(config, world)
-    if stored is not None:
-        known = store.describe(config, train_set) | {store.DIGEST: live.teacher.digest()}
-        store.refuse_other(stored.folder, known)
-    example = live(black(config).to(world.device))
-    return (live if stored is None else teacher.FromStore(stored, live)), example
+    store.refuse_other(folder, described | {answers.DIGEST: live.teacher.digest()})
+    return teacher.FromStore(stored, live), live(black(config).to(world.device))
 
 
 def live_teacher(config: Distill, world: World) -> teacher.Live:
@@ -98,11 +124,9 @@ def create_student(config: Distill, ask: Ask, example: Answer, world: World) -> 
     """The student with random weights, on the CPU, and answers that fit its blocks; the pairs of blocks are printed."""
     stage.seed_weights(config.run.seed)  # whatever the teacher has drawn
     encoder = trunk_of(config)
+    refuse_beyond(config.distillation, encoder.depth)
     widths = teacher.widths_of(example)
-    hidden_patches = None
-    if config.mim.weight:
-        target = masking.target_of(config.mim, encoder.patch)
-        hidden_patches = masking.HiddenPatches(config.mim, encoder.width, encoder.tokens, target)
+    hidden_patches = masking.create(config, encoder, world.device)
     student = Distilled(encoder, config.task, config.data.classes, config.distillation, widths, hidden_patches)
     pairs = teacher.pair_up(encoder, example, config.distillation, black(config))
     if world.main:
@@ -111,12 +135,17 @@ def create_student(config: Distill, ask: Ask, example: Answer, world: World) -> 
     return student, teacher.fitted(ask, pairs)
 
 
-def trunk_of(config: Distill) -> ViT | Swin:
+def refuse_beyond(chosen: Distillation, depth: int) -> None:
+    """Raise ConfigError if the student has fewer blocks than are to be compared."""
+    if chosen.student_layers and chosen.student_layers[-1] >= depth:
+        reason = f"the student has {depth} blocks, 0 to {depth - 1}; each use of a shared one counts"
+        raise ConfigError("distillation.student_layers", chosen.student_layers, reason, "correct the list")
+
+
+def trunk_of(config: Distill) -> trunks.Trunk:
     """The student's trunk. A ViT's linear maps start as DeiT's do, N(0, 0.02) truncated."""
-    if config.trunk == "swin":
-        return Swin(config.swin, config.data.image_size)
-    trunk = ViT(config.model, config.data.image_size)
-    for module in trunk.blocks.modules():
+    trunk = trunks.trunk_of(config)
+    for module in trunk.blocks.modules() if isinstance(trunk, ViT) else ():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
     return trunk
@@ -133,12 +162,10 @@ class Prepare:
         """student: where patches are to be hidden from one."""
         self.labelled = prepare.Prepare(config, batches, device)
         self.ask = teacher.Timed(ask, device)
-        self.masks = None
-        if config.mim.weight and student is not None:
-            trunk = student.encoder
-            self.masks = masking.Masks(config.mim, config.run.seed, trunk.tokens, trunk.patch)
+        part = student.hidden_patches if student is not None else None
+        self.masks = masking.Masks(config, part.target) if part is not None else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         prepared = self.labelled(batch)
         answer = self.ask(prepared["image"], batch["position"], batch["key"])
-        return (self.masks(prepared, batch["position"]) if self.masks else prepared) | answer
+        return (self.masks(prepared, batch) if self.masks else prepared) | answer

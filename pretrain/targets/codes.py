@@ -1,6 +1,6 @@
 """Targets that are codes: which entry of a frozen tokenizer's codebook each patch is (BEiT, BEiT v2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from halfseen.config import Augment, ConfigError, at_least
 from halfseen.teachers import renormalisation
 
 from ..pictures import covered, sheet
+from ..store import StoreConfig
 from ..tokenizers import Tokenizer
 from .average import average
 
@@ -22,12 +23,11 @@ RIGHT, WRONG = (0.1, 0.7, 0.2), (0.8, 0.1, 0.1)  # colours of a patch whose code
 class CodesConfig:
     """A frozen tokenizer."""
 
-    tokenizer: str = (
-        ""  # a run of objective vqkd or dvae, a checkpoint of one, or a file of VQ-KD's or DALL-E's weights
-    )
+    tokenizer: str = ""  # a run of objective vqkd or dvae, a checkpoint of one, or VQ-KD's or DALL-E's weights
     image_size: int = 0  # pixels of the tokenizer's own resize of the student's crop; 0: it sees the student's image
     heads: int = 0  # of a VQ-KD file: attention heads of its trunk; 0: as the file tells, else one per 64 channels
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type of its trunk; codes are chosen in fp32
+    store: StoreConfig = field(default_factory=StoreConfig)
 
     def check(self, key: str) -> None:
         """Ranges."""
@@ -76,17 +76,22 @@ class Codes:
         return cross_entropy(prediction, target, weight)
 
     def picture(self, batch: dict[str, Any], prediction: Tensor, augment: Augment) -> Tensor:
-        """Masked image, where the likeliest code is the right one (green) or is not (red), and the image.
+        """See drawn."""
+        return drawn(batch, prediction, self.patch, augment)
 
-        uint8 [3, height, width]; visible patches, which are not asked for in training, are drawn paler.
-        """
-        masked, original = covered(batch["image"], batch["mask"], self.patch, augment.mean, augment.std)
-        grid = [side // self.patch for side in original.shape[2:]]
-        right = (prediction.argmax(-1) == batch["target"]).view(-1, 1, *grid)
-        green, red = (original.new_tensor(colour).view(1, 3, 1, 1) for colour in (RIGHT, WRONG))
-        told: Tensor = torch.where(right, green, red)
-        told = torch.where(batch["mask"].view(-1, 1, *grid), told, 0.5 * told + 0.5)
-        return sheet([masked, F.interpolate(told, scale_factor=self.patch), original])
+
+def drawn(batch: dict[str, Any], prediction: Tensor, patch: int, augment: Augment) -> Tensor:
+    """Masked image, where the likeliest code is the right one (green) or is not (red), and the image.
+
+    uint8 [3, height, width]; visible patches, which are not asked for in training, are drawn paler.
+    """
+    masked, original = covered(batch["image"], batch["mask"], patch, augment.mean, augment.std)
+    grid = [side // patch for side in original.shape[2:]]
+    right = (prediction.argmax(-1) == batch["target"]).view(-1, 1, *grid)
+    green, red = (original.new_tensor(colour).view(1, 3, 1, 1) for colour in (RIGHT, WRONG))
+    told: Tensor = torch.where(right, green, red)
+    told = torch.where(batch["mask"].view(-1, 1, *grid), told, 0.5 * told + 0.5)
+    return sheet([masked, F.interpolate(told, scale_factor=patch), original])
 
 
 def cross_entropy(logits: Tensor, codes: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from halfseen.config import Augment, ConfigError
 
+from ..collapse import variances
 from ..pictures import covered, sheet
 from .average import average
 
@@ -42,8 +43,9 @@ class HOG:
         return by_patch(histograms(batch["image"].float()), self.cells)
 
     def loss(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean squared error; both [..., width], of patches that count alone."""
-        return {"loss": average((prediction.float() - target.float()).square().mean(-1), weight)}
+        """Mean squared error, and how much patches differ; both [B, M, width], of patches that count alone."""
+        loss = average((prediction.float() - target.float()).square().mean(-1), weight)
+        return {"loss": loss} | variances(prediction, target)
 
     def picture(self, batch: dict[str, Any], prediction: Tensor, augment: Augment) -> Tensor:
         """Masked image, predicted and true histograms as strokes along the edges, uint8 [3, height, width]."""

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from halfseen.config import Augment
 
+from ..collapse import variances
 from ..patches import patchify, standardise
 from ..pictures import triplets
 from .average import average
@@ -31,13 +32,14 @@ class Pixels:
         return standardise(patches)[0] if self.normalise else patches
 
     def loss(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean error; both [..., P*P*3], of hidden patches alone."""
+        """Mean error, and how much patches differ; both [B, M, P*P*3], of hidden patches alone."""
+        curves = variances(prediction, target)
         if weight is None:
             measure = F.mse_loss if self.error == "square" else F.l1_loss
-            return {"loss": measure(prediction.float(), target.float())}
+            return {"loss": measure(prediction.float(), target.float())} | curves
         apart = prediction.float() - target.float()
         apart = apart.square() if self.error == "square" else apart.abs()
-        return {"loss": average(apart.mean(-1), weight)}
+        return {"loss": average(apart.mean(-1), weight)} | curves
 
     def picture(self, batch: dict[str, Any], prediction: Tensor, augment: Augment) -> Tensor:
         """Masked, reconstructed and original images, uint8 [3, height, width]."""

@@ -7,8 +7,8 @@ import torch
 from torchvision.io import encode_png
 
 from halfseen.config import Batches, Data, Source
-from halfseen.data import open_set
-from halfseen.data.pairs import NOTHING, JointCrop, decode_mask, evaluation_pairs, train_pairs
+from halfseen.data import evaluation_batches, open_set, train_batches
+from halfseen.data.pairs import NOTHING, JointCrop, Pairs, ShortSide, decode_mask
 from halfseen.data.reader import BadSample
 from halfseen.data.writer import ShardWriter
 
@@ -48,13 +48,14 @@ def test_training_pairs_are_cropped_alike_and_bad_ones_replaced(shard, tmp_path)
     crop = JointCrop(16, (0.6, 2.0), 0.5)
     ledger = tmp_path / "ledger.jsonl"
     plan = Batches(8, 1, 8, 1)
-    stream = train_pairs(open_set(data, "train"), data, crop, seed=3, start=0, plan=plan, rank=0, ledger=ledger)
+    options = {"seed": 3, "plan": plan, "rank": 0, "images": Pairs}
+    stream = train_batches(open_set(data, "train"), data, crop, start=0, ledger=ledger, **options)
     batch = [next(stream) for _ in range(4)][-1]
     assert batch["image"].shape == (8, 3, 16, 16)
     assert batch["view"].shape == (8, 1, 16, 16)
     assert agree(batch["image"], batch["view"]) > 0.9
     assert "k5" in ledger.read_text()
-    again = train_pairs(open_set(data, "train"), data, crop, seed=3, start=24, plan=plan, rank=0)
+    again = train_batches(open_set(data, "train"), data, crop, start=24, **options)
     assert torch.equal(next(again)["view"], batch["view"]), "a function of the position alone"
 
 
@@ -62,11 +63,12 @@ def test_evaluation_sees_every_good_pair_once_over_any_ranks(shard):
     data = settings(shard)
     keys = []
     for rank in range(3):
-        for batch in evaluation_pairs(open_set(data, "val"), data, JointCrop(16), rank=rank, world=3, batch=2):
+        val, whole = open_set(data, "val"), ShortSide(data.image_size)
+        for batch in evaluation_batches(val, data, whole, rank=rank, world=3, batch=1, images=Pairs):
             keys += batch["key"]
-            assert batch["view"].shape[1:] == (1, 16, 16)
-            if len(batch["key"]):
-                assert agree(batch["image"], batch["view"]) > 0.8
+            if batch["key"]:
+                assert batch["image"].shape == (1, 3, 16, 24), "the shorter side has data.image_size"
+                assert torch.equal(batch["view"][0], pair(int(batch["key"][0][1:]))[1]), "the mask is as it was"
     assert sorted(keys) == sorted(f"k{number}" for number in range(11) if number != 5)
 
 

@@ -157,6 +157,14 @@ def test_evaluation_is_resize_and_centre_crop(height, width, size):
     assert (result.int() - as_int(expected)).abs().float().mean() <= 0.1
 
 
+@pytest.mark.parametrize(("share", "shorter"), [(1.0, 16), (0.875, 18), (0.5, 32)])
+def test_the_share_that_evaluation_shows_can_be_chosen(share, shorter):
+    bicubic = tv.InterpolationMode.BICUBIC
+    expected = tv.Compose([tv.Resize(shorter, bicubic), tv.CenterCrop(16)])(pillow(image(48, 64)))
+    result = evaluation_transform(16, share)(image(48, 64), random.Random(0))
+    assert (result.int() - as_int(expected)).abs().float().mean() <= 0.1
+
+
 # ------------------------------------------------------------------------------------------- RandAugment
 
 

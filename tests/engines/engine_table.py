@@ -52,8 +52,13 @@ a shared weight are summed in fp32.
 
 `engine.recompute` recomputes block by block, without re-entering the backward; compiled blocks too. With
 `engine.offload_activations` each block's input waits in pinned host memory meanwhile; on a CPU, where it was tested,
-nothing has to be copied. FairScale's `checkpoint_wrapper` is not used for it: it re-enters the backward, which is wrong
-where blocks share weights, and on a GPU it recomputes under fp16 autocast whatever the forward had.
+nothing has to be copied. It is the same under every engine, FairScale's too.
+
+FairScale's own `checkpoint_wrapper(block, offload_to_cpu=True)` is not offered. It re-enters the backward, so under DDP
+(and FairScale's OSS) a block that is used twice, or shares a weight with another, stops with "mark a variable ready
+only once"; and it knows autocast as it was before bf16: what was computed in bf16 it recomputes in fp32 on a CPU, and
+by its source in fp16 on a GPU (`tests/engines/test_promises.py` holds what a CPU can show). Where it is right, fp32 and
+no shared weights, it gives what `engine.recompute=true engine.offload_activations=true` gives: use that.
 
 ## FSDP2: what travels
 

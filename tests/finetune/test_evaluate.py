@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -23,14 +24,15 @@ from halfseen.classification.evaluation import (
     open_val,
     worst,
 )
-from halfseen.config import ConfigError, load, to_yaml
+from halfseen.config import ConfigError
 from halfseen.data.ledger import TooManyBad
 from halfseen.data.writer import ShardWriter
 from halfseen.finetune import evaluate as module
 from halfseen.finetune.config import Finetune
-from halfseen.finetune.evaluate import find_config, main, report
+from halfseen.finetune.evaluate import main, report
 from halfseen.finetune.train import create_student
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import load, to_yaml
 
 CLASSES = 7
 IMAGES = 53
@@ -251,12 +253,24 @@ def test_several_right_answers_count_and_images_without_one_do_not():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("[0, 9]", "is no class"), ("{", "cannot be read"), ('{"label": [1]}', "has other keys")]
+    ("content", "message"),
+    [
+        *(("[0, 9]", "does not say a class of 0 to 4"), ("{", "cannot be read"), ('{"label": [1]}', "does not say")),
+        *(("[]", "does not say"), ("{}", "does not say"), ("[true]", "does not say"), ('"x"', "does not say")),
+        ('{"labels": [1], "omit": 1}', "has other keys"),
+    ],
 )
 def test_a_label_file_that_is_wrong_is_refused(tmp_path, content, message):
     (tmp_path / "map.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"--label-map='.*map\.json': .*{message}"):
         Answers.read(tmp_path / "map.json", None, 5)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"x"', "[[1], 2]", '{"a": 1}', "[[5]]", "[[1.5]]"])
+def test_a_file_of_answers_that_is_wrong_is_refused(tmp_path, content):
+    (tmp_path / "real.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"--answers='.*real\.json': does not list classes of 0 to 4"):
+        Answers.read(None, tmp_path / "real.json", 5)
 
 
 def test_label_files_are_read(tmp_path):
@@ -329,16 +343,6 @@ def test_rows_of_the_picture_are_true_classes():
     assert (picture[:, 3, 1] == 255).all()
 
 
-def test_the_config_is_found_from_a_checkpoint_inside_the_run(tmp_path):
-    (tmp_path / "run" / "checkpoints" / "img_000000000008").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("")
-    expected = (tmp_path / "run" / "config.yaml").resolve()
-    assert find_config(tmp_path / "run").resolve() == expected
-    assert find_config(tmp_path / "run" / "checkpoints" / "img_000000000008").resolve() == expected
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
-        find_config(tmp_path)
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run folder whose weights are random, and an evaluation set of nine bad and four good images."""
@@ -387,6 +391,60 @@ def test_predictions_mistakes_and_several_sizes_are_written(run, tmp_path, capsy
     assert (tmp_path / "mistakes_48.png").read_bytes()[:4] == confusion.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(
+    ("option", "content", "images"),
+    [
+        ("--answers", [[2], [], [0, 1], [], [1], [], [], [], [], [2]], 2),  # ReaL's list, by the number in the key
+        ("--answers", {"k4": [0, 1, 2], "k7": [0, 1, 2]}, 2),  # the same by key
+        ("--label-map", [2, 0, 1], 4),  # V2, Sketch: other numbers of the same classes
+        ("--label-map", {"labels": [2, 0, 1], "only": True}, 4),  # A, R: and no other class may be named
+    ],
+)
+def test_other_label_files_are_read_by_the_command(run, tmp_path, option, content, images):
+    (tmp_path / "file.json").write_text(json.dumps(content))
+    report, listed = tmp_path / "numbers.json", tmp_path / "rows.jsonl"
+    assert (
+        main([str(run), option, str(tmp_path / "file.json"), "--json", str(report), "--predictions", str(listed)]) == 0
+    )
+    assert json.loads(report.read_text())["images"] == images
+    rights = {row["key"]: row["right"] for row in map(json.loads, listed.read_text().splitlines())}
+    if option == "--label-map":
+        assert rights == {key: [0] for key in ("k1", "k4", "k7", "k10")}, "the label is 1"
+    elif isinstance(content, dict):
+        assert rights == {"k1": [], "k4": [0, 1, 2], "k7": [0, 1, 2], "k10": []}
+    else:
+        assert rights == {"k1": [2], "k4": [], "k7": [], "k10": [2]}
+
+
+def test_predictions_are_the_same_table_in_parquet(run, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert main([str(run), "--predictions", str(tmp_path / name)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert parquet.read_table(tmp_path / "rows.parquet").to_pylist() == lines
+
+
+def test_parquet_without_its_package_is_refused_before_anything_is_computed(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pyarrow(.|\n)*pip install pyarrow, or write \.jsonl"):
+        main([str(run), "--predictions", "p.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "--batch=0"),
+        (["--gallery", "a.jpg"], "picture in PNG"),
+        (["--confusion", "nowhere/a.png"], "is in no folder"),
+        (["--sizes", "32,40"], "data.image_size=40"),
+    ],
+)
+def test_what_could_only_fail_at_the_end_is_refused_first(run, options, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        main([str(run), *options])
+    assert "top-1" not in capsys.readouterr().out
+
+
 def test_a_file_for_predictions_that_cannot_be_written_is_refused_first(run):
     with pytest.raises(ConfigError, match=r"end its name in \.jsonl or \.parquet"):
         main([str(run), "--predictions", "p.csv"])
@@ -399,7 +457,7 @@ def test_options_may_come_after_flags(run, capsys):
 
 def test_a_pretraining_run_is_named_as_one(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(load(Pretrain)))
-    with pytest.raises(ConfigError, match=r"is a pretraining run(.|\n)*halfseen finetune RECIPE run\.init="):
+    with pytest.raises(ConfigError, match=r"is of the stage pretrain(.|\n)*halfseen finetune RECIPE run\.init="):
         main([str(tmp_path)])
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from halfseen.config import ConfigError, load, recipes, to_yaml
+from halfseen.config import ConfigError
 from halfseen.finetune.config import Finetune
+from halfseen.recipes import load, recipes, to_yaml
 
 
 def test_defaults_are_the_published_recipe_of_vit_b():

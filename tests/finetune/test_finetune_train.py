@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from halfseen.checkpoint import read_weights
 from halfseen.classification import evaluation
 from halfseen.classification.evaluation import Result
-from halfseen.config import Batches, ConfigError, load
+from halfseen.config import Batches, ConfigError
 from halfseen.distributed import World
 from halfseen.finetune import evaluate, train
 from halfseen.finetune.config import Finetune
+from halfseen.recipes import load
 
 TINY = [
     *("model.width=32", "model.depth=2", "model.heads=2", "model.patch=16", "engine.device=cpu"),

@@ -5,17 +5,19 @@ import math
 import random
 
 import pytest
+import ranks
 import torch
 from torch.nn import functional as F
 
 from halfseen import engines
 from halfseen.checkpoint import read_weights
-from halfseen.config import ConfigError, Engine, Model, Optim, load
+from halfseen.config import ConfigError, Engine, Model, Optim
 from halfseen.distributed import World
 from halfseen.finetune import probe
 from halfseen.finetune.probe_config import Heads, Probe
 from halfseen.models import ViT
 from halfseen.pretrain.train import main as pretrain
+from halfseen.recipes import load
 
 SMALL = {"size": "ti", "width": 32, "depth": 2, "heads": 2, "patch": 16}
 LABELS = ["data.label=folder", "data.classes=12", "data.val=embedded:emoji/val"]
@@ -36,6 +38,22 @@ def train(student, cfg, steps=4):
     groups = student.groups(cfg)
     engine = engines.create(Engine(), student, cfg, groups, World(), 0)
     return [engine.step([batch()], 0.3, 8 * number) for number in range(steps)], engine
+
+
+def probed(world):
+    """Losses, heads and statistics after some steps; each rank has every other image of one batch."""
+    student, cfg = make(), Optim(name="lars", lr=0.3, base_lr=None)
+    engine = engines.create(Engine(device="cpu"), student, cfg, student.groups(cfg), world, 0)
+    own = {name: value[world.rank :: world.world] for name, value in batch().items()}
+    losses = [world.sum(engine.step([own], 0.3, 8 * step)["loss"].double()) / world.world for step in range(4)]
+    return losses, engine.weights(), student.state_dict()["norm.running_var"].clone()
+
+
+def test_several_cpu_ranks_probe_as_one_does():
+    (losses, weights, variance), found = probed(World()), ranks.run(probed, 2)
+    torch.testing.assert_close(found[0][0], losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][1]["heads.0.weight"], weights["heads.0.weight"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1][2], variance, rtol=1e-4, atol=1e-6)
 
 
 def test_defaults_are_maes_linear_probe():

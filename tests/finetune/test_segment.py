@@ -3,15 +3,19 @@
 import json
 
 import pytest
+import ranks
 import torch
 from torchvision.io import encode_png
 
-from halfseen.config import ConfigError, Model, load
+from halfseen import engines, optim
+from halfseen.config import ConfigError, Engine, Model
 from halfseen.data.pairs import NOTHING
 from halfseen.data.writer import ShardWriter
-from halfseen.finetune.segment import Overlap, Prepare, Segmenter, main
+from halfseen.distributed import World
+from halfseen.finetune.segment import Evaluations, Overlap, Prepare, Segmenter, main, named_at, slide, starts
 from halfseen.finetune.segment_config import Pixels, Segment
 from halfseen.models import ViT
+from halfseen.recipes import load
 
 SMALL = {"size": "ti", "width": 32, "depth": 4, "heads": 2, "patch": 8}
 
@@ -65,6 +69,53 @@ def test_masks_that_count_from_one_and_classes_beyond_the_last():
     assert from_one(batch)["target"].flatten().tolist() == [NOTHING, 0, 2, NOTHING]
     with pytest.raises(ConfigError, match=r"data\.classes=3: a mask holds 3"):
         Prepare(load(Segment, None, ["data.classes=3"]), torch.device("cpu"))(batch)
+
+
+def test_windows_cover_the_picture_and_overlap_by_their_stride():
+    assert starts(8, 8, 5) == [0]
+    assert starts(9, 8, 5) == [0, 1]
+    assert starts(18, 8, 5) == [0, 5, 10]
+    assert starts(19, 8, 5) == [0, 5, 10, 11]
+    assert starts(16, 8, 8) == [0, 8]
+
+
+def test_scores_of_windows_are_averaged_where_they_overlap():
+    """A model that says what it sees is not changed by the window; one that knows only its window is averaged."""
+    image = torch.arange(3 * 8 * 19.0).view(1, 3, 8, 19)
+    assert torch.equal(slide(lambda windows: windows, image, 8, 5), image)
+    seen = slide(lambda windows: torch.arange(4.0)[:, None, None, None].expand(4, 2, 8, 8), image, 8, 5)
+    assert seen[0, 0, 3].tolist() == [0.0] * 5 + [0.5] * 3 + [1.0] * 2 + [1.5] + [2.0] * 2 + [2.5] * 5 + [3.0]
+
+
+def test_classes_are_named_at_the_masks_own_size_in_parts():
+    scores = torch.randn(1, 5, 6, 7)
+    whole = torch.nn.functional.interpolate(scores, (11, 13), mode="bilinear").argmax(1)
+    assert all(torch.equal(named_at(scores, (11, 13), most), whole) for most in (1, 2, 5, 16))
+
+
+def judged(world, shards):
+    """The confusion of pixels that one rank of several finds."""
+    config = load(Segment, None, [f"data.val={shards}", "data.classes=3", "data.image_size=16", "data.workers=0"])
+    torch.manual_seed(0)
+    student = Segmenter(ViT(Model(**SMALL), 16), Pixels(width=16), 3)
+    groups = optim.groups(student, config.optim)
+    engine = engines.create(Engine(device="cpu"), student, config.optim, groups, world, 0)
+    return Evaluations(config, shards.parent, world).evaluate(engine).confusion
+
+
+def test_pictures_of_any_shape_are_judged_once_at_full_size_on_any_number_of_ranks(tmp_path):
+    """Seven masks on two ranks: one of them runs out first."""
+    shapes = [(20, 30), (16, 16), (40, 24), (16, 50), (33, 17), (8, 8), (24, 25)]
+    with ShardWriter(tmp_path / "pairs.tar") as shard:
+        for number, shape in enumerate(shapes):
+            torch.manual_seed(number)
+            mask = torch.randint(0, 3, (1, *shape), dtype=torch.uint8)
+            mask[0, 0, 0] = NOTHING
+            members = {"png": torch.randint(0, 255, (3, *shape), dtype=torch.uint8), "seg.png": mask}
+            shard.write(f"k{number}", {name: encode_png(part).numpy().tobytes() for name, part in members.items()})
+    alone = judged(World(), tmp_path / "pairs.tar")
+    assert alone.sum() == sum(height * width - 1 for height, width in shapes)
+    assert all(torch.equal(found, alone) for found in ranks.run(judged, 2, tmp_path / "pairs.tar"))
 
 
 def test_a_run_learns_what_is_where_and_can_be_resumed(tmp_path, capsys):

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 import halfseen
 from halfseen import delta
 from halfseen.checkpoint import read_weights
-from halfseen.config import ConfigError, load, to_yaml
+from halfseen.config import ConfigError
 from halfseen.finetune import evaluate, probe, stages, train
 from halfseen.finetune.config import Finetune
+from halfseen.recipes import load, to_yaml
 
 RECIPE = """
 model: {size: ti, width: 32, depth: 2, heads: 2, patch: 16}
@@ -79,7 +80,7 @@ def test_the_best_of_a_stage_is_kept_where_the_next_one_wants_it(tmp_path):
     [
         (("image_size: 48", "image_sise: 48"), r"stages\.attention: data\.image_sise(.|\n)*Did you mean: 'image_size'"),
         (("train: attention", "train: atention"), r"stages\.attention: task\.train='atention'"),
-        (("image_size: 48", "image_size: 40"), None),  # refused when the trunk is made
+        (("image_size: 48", "image_size: 40"), r"stages\.attention: data\.image_size=40"),
         (("init: ema", "init: first"), r"stages\.attention\.init='first'(.|\n)*last, best, ema"),
         (("name: attention", "name: full"), "two stages have one name"),
         (("name: full", "name: a/b"), r"stages\[0\]\.name='a/b'"),
@@ -91,9 +92,6 @@ def test_the_best_of_a_stage_is_kept_where_the_next_one_wants_it(tmp_path):
 def test_what_is_wrong_in_any_stage_is_refused_before_the_first(change, message, tmp_path):
     text = RECIPE.replace(*change)
     assert text != RECIPE
-    if message is None:
-        planned(text, tmp=tmp_path)
-        return
     with pytest.raises(ConfigError, match=message):
         planned(text, tmp=tmp_path)
 
@@ -175,7 +173,7 @@ def test_a_run_killed_in_the_second_stage_goes_on_there_with_the_same_curve(whol
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(RECIPE)
     child = ranks.begin(start, recipe, folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list((folder / "2_attention" / "checkpoints").glob("img_*")):
         assert child.is_alive()
         assert time.monotonic() < deadline

@@ -1,7 +1,10 @@
 """What follows an end: complete, again in the same job, again in a new one, or a reason and no more."""
 
+import json
+
 import pytest
 
+from halfseen.launch import after, records, slurm
 from halfseen.launch.after import decide
 
 
@@ -56,3 +59,47 @@ def test_the_budget_counts_starts_without_progress_not_restarts():
 def test_a_stop_is_final_unless_the_run_was_complete():
     assert verdict(75, stop=True).word == "stopped"
     assert verdict(0, stop=True).word == "complete"
+
+
+@pytest.fixture
+def member(tmp_path, monkeypatch):
+    """The last member of a job array, which Slurm gives the array's own number; what is asked of Slurm is kept."""
+    base = tmp_path / "sweep"
+    folder = base / "001"
+    records.where(folder).mkdir(parents=True)
+    (records.where(folder) / "launch.yaml").write_text("minutes: 5\n")
+    records.where(base).mkdir()
+    (records.where(base) / "array-ab.json").write_text(json.dumps([str(base / "000"), str(folder)]))
+    (records.where(base) / "sweep.json").write_text(json.dumps({"members": [{"folder": "001", "set": []}]}))
+    for name, value in {"JOB_ID": "7", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "1", "RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    asked = []
+    monkeypatch.setattr(slurm, "fate", lambda job, restarts: asked.append(("fate", job)) or "RUNNING")
+    monkeypatch.setattr(slurm, "requeue", lambda job: asked.append(("requeue", job)) or "")
+    records.add(folder, "queued", job="7_1", cluster="slurm")
+    records.add(folder, "started", attempt="7_1", position=0)
+    return base, asked
+
+
+def test_a_member_of_an_array_requeues_itself_and_no_other(member):
+    base, asked = member
+    assert after.main(["75", str(base), "ab"]) == 75
+    assert asked == [("fate", "7_1"), ("requeue", "7_1")]
+    assert records.story(base / "001").ended["verdict"] == "requeue"
+
+
+def test_a_member_that_goes_on_as_a_job_of_its_own_still_fills_the_table(member, monkeypatch):
+    base, asked = member
+    moved = []
+    monkeypatch.setattr(slurm, "fate", lambda job, restarts: "PREEMPTED")
+    monkeypatch.setattr(slurm, "follow", lambda old, new: moved.append((old, new)))
+    monkeypatch.setattr("halfseen.launch.submit.resubmit", lambda folder, job: "8")
+    after.main(["75", str(base), "ab"])
+    assert moved == [("7_1", "8")]
+    assert asked == []
+    records.add(base / "001", "queued", job="8", cluster="slurm", again=True)
+    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID"):
+        monkeypatch.delenv(f"SLURM_{name}")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert after.main(["0", str(base / "001")]) == 0
+    assert "001,complete" in (base / "results.csv").read_text()

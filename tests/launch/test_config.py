@@ -2,8 +2,10 @@
 
 import pytest
 
-from halfseen.config import ConfigError, load, recipe_root, to_yaml
+from halfseen.config import ConfigError
+from halfseen.launch import command
 from halfseen.launch.config import Launch
+from halfseen.recipes import load, recipe_root, to_yaml
 
 
 @pytest.mark.parametrize("name", ["slurm", "cpu", "local"])
@@ -40,6 +42,24 @@ def test_what_cannot_be_is_refused(options, key):
         load(Launch, None, options)
     assert refused.value.key == key
     assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nofile", "no such file"), ("launch/chain", "is a chain"), ("pretrain/demo", "is the recipe of a stage")],
+)
+def test_what_holds_no_resources_is_refused_with_those_that_do(name, reason):
+    with pytest.raises(ConfigError, match=reason) as refused:
+        command.main(["pretrain", "pretrain/demo", "--launch", name])
+    assert refused.value.key == "--launch"
+    assert "launch/cpu, launch/local, launch/slurm" in refused.value.fix
+    assert "pretrain/" not in refused.value.fix
+
+
+def test_a_refused_resource_is_named_as_the_command_line_has_it():
+    with pytest.raises(ConfigError) as refused:
+        command.main(["pretrain", "pretrain/demo", "--launch", "launch/local", "launch.minutes=0"])
+    assert refused.value.key == "launch.minutes"
 
 
 def test_ranks_follow_gpus_and_every_possible_world_is_known():

@@ -86,7 +86,44 @@ def test_a_stage_that_is_none_is_refused(tmp_path):
         command.main(["shards", "--launch", "launch/local"])
 
 
+def test_data_of_which_every_sample_looked_at_is_bad_is_refused(tmp_path):
+    from halfseen.config import ConfigError
+    from halfseen.launch import command
+
+    unlabelled = ["finetune/demo", "data.label=txt", f"run.folder={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"member \.txt is missing") as refused:
+        command.main(["finetune", *unlabelled, "--launch", "launch/local", "--dry-run"])
+    assert refused.value.key == "data.train"
+
+
+def test_an_evaluation_of_nothing_is_refused_and_leaves_no_folder(tmp_path):
+    from halfseen.config import ConfigError
+    from halfseen.launch import command
+
+    with pytest.raises(ConfigError, match="no such run"):
+        command.main(["evaluate", str(tmp_path / "run"), "--launch", "launch/local"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_runs_in_this_process_with_its_exit_code(tmp_path):
     one = ["launch.cluster=debug", "launch.tasks_per_node=1", f"run.folder={tmp_path / 'run'}"]
     assert "complete" in launch(*one)
     assert records.story(tmp_path / "run").complete
+
+
+def test_a_sweep_here_goes_on_after_a_member_that_failed_and_refuses_another_meaning_of_one(tmp_path):
+    """In this process: two members, of which the first cannot go on; then the file has another value for the second."""
+    (tmp_path / "s.yaml").write_text("grid: {optim.lr: [1e30, 1e-3]}")
+    here = ["launch.cluster=debug", "launch.tasks_per_node=1", f"run.folder={tmp_path / 'sweep'}"]
+    budget = ["engine.skip_budget=0", "engine.rollback_budget=0", "optim.warmup=16"]
+    said = launch(*here, *budget, "--sweep", str(tmp_path / "s.yaml"), "--wait", code=1)
+    assert "2 members to run" in said
+    _, first, second = (tmp_path / "sweep/results.csv").read_text().splitlines()
+    assert first.startswith("000,1e30,failed,")
+    assert second.startswith("001,1e-3,complete,64,")
+    assert "1 members to run, 1 are complete" in launch(
+        *here, *budget, "--sweep", str(tmp_path / "s.yaml"), "--dry-run"
+    )
+    (tmp_path / "s.yaml").write_text("grid: {optim.lr: [1e-2, 2e-2]}")
+    assert "shapes the curve" in launch(*here, *budget, "--sweep", str(tmp_path / "s.yaml"), code=2)
+    assert "001,1e-3,complete" in (tmp_path / "sweep/results.csv").read_text()

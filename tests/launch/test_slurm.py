@@ -26,6 +26,7 @@ from halfseen.launch import slurm
             "launch.gpus_per_node",
         ),
         ("sbatch: error: Batch job submission failed: Job dependency problem", "--after"),
+        ("sbatch: fatal: Could not establish a configuration source", "launch.cluster"),
         ("something new", "launch"),
         ("", "launch"),
     ],
@@ -87,14 +88,75 @@ def test_states_know_jobs_and_array_members(fake):
     }
 
 
-def test_whoever_waited_for_the_old_job_waits_for_the_new_one(fake):
-    asked, answers = fake
-    lines = ["11|afterok:7(unfulfilled)", "12|afterok:77(unfulfilled)", "13|afterok:6:7(unfulfilled)", "8|afterany:7"]
-    waiting = "\n".join(lines)
-    answers["squeue"] = (0, waiting)
+@pytest.fixture
+def pending(monkeypatch):
+    """Waiting jobs and for whom: what squeue shows and scontrol changes. Array 7 has members 0, 1 and 2."""
+    jobs = {}
+
+    def ask(*command, text=None):
+        output = ""
+        if command[0] == "scontrol":
+            jobs[command[2].removeprefix("JobId=")] = command[3].removeprefix("Dependency=") + "(unfulfilled)"
+        elif "--array" in command:
+            output = "7_0\n7_1\n7_2\n"
+        else:
+            output = "".join(f"{job}|{waits}\n" for job, waits in jobs.items())
+        return subprocess.CompletedProcess(command, 0, output, "")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("waits", "after"),
+    [
+        ("afterok:7(unfulfilled)", "afterok:8"),
+        ("afterok:77(unfulfilled)", "afterok:77"),
+        ("afterok:6:7(unfulfilled)", "afterok:6:8"),
+        ("afterok:7_1(unfulfilled)", "afterok:7_1"),
+    ],
+)
+def test_whoever_waited_for_the_old_job_waits_for_the_new_one(pending, waits, after):
+    pending |= {"11": waits, "8": "afterany:7(unfulfilled)"}
     slurm.follow("7", "8")
-    updates = [command[2:] for command in asked if command[0] == "scontrol"]
-    assert updates == [("JobId=11", "Dependency=afterok:8"), ("JobId=13", "Dependency=afterok:6:8")]
+    assert pending["11"].removesuffix("(unfulfilled)") == after
+    assert pending["8"] == "afterany:7(unfulfilled)"
+
+
+@pytest.mark.parametrize(
+    ("waits", "after"),
+    [
+        ("afterok:7_*(unfulfilled)", "afterok:7_0:7_2:8"),
+        ("afterok:7_1(unfulfilled)", "afterok:8"),
+        ("afterok:6:7_*(unfulfilled)", "afterok:6:7_0:7_2:8"),
+        ("afterok:77_*(unfulfilled)", "afterok:77_*"),
+        ("afterok:7_10(unfulfilled)", "afterok:7_10"),
+    ],
+)
+def test_whoever_waited_for_a_whole_array_waits_for_the_rest_of_it_and_the_new_job(pending, waits, after):
+    pending["11"] = waits
+    slurm.follow("7_1", "8")
+    assert pending["11"].removesuffix("(unfulfilled)") == after
+
+
+def test_two_members_that_move_at_once_lose_neither_change(pending, monkeypatch):
+    pending["11"] = "afterok:7_*(unfulfilled)"
+    others = ["afterok:7_1:7_2:9(unfulfilled)", None]  # member 0 writes what it made of the old line over ours, once
+
+    def interfere(seconds):
+        pending["11"] = (others.pop(0) if others else None) or pending["11"]
+
+    monkeypatch.setattr(slurm.time, "sleep", interfere)
+    slurm.follow("7_1", "8")
+    assert pending["11"] == "afterok:8:7_2:9(unfulfilled)"
+
+
+def test_a_dependent_that_cannot_be_moved_is_said(fake, monkeypatch):
+    monkeypatch.setattr(slurm, "waiting", lambda: {"11": "afterok:7"})
+    fake[1]["scontrol"] = (1, "Job update not available right now")
+    with pytest.raises(OSError, match="job 11 does not wait for 8"):
+        slurm.follow("7", "8")
 
 
 def test_a_requeue_cannot_be_ended_by_its_own_effect(fake):

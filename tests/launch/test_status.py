@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -88,6 +91,28 @@ def test_logs_print_one_rank_of_the_newest_job(run, capsys):
         logs.main([str(run), "--rank", "2"])
 
 
+def test_logs_follow_a_run_from_one_job_to_the_next(run, monkeypatch, capsys):
+    """What is there, what is added, then the log of the job that a resubmission made, until that has ended."""
+
+    def write(job, text):
+        path = run / "launch" / job / f"{job}_0_log.out"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
+
+    events = [
+        lambda: write("7", "three\n"),
+        lambda: (records.add(run, "queued", job="8", cluster="slurm", again=True), write("8", "four\n")),
+        lambda: (write("8", "five\n"), monkeypatch.setattr(slurm, "states", lambda jobs: {})),
+    ]
+    write("7", "one\ntwo\n")
+    monkeypatch.setattr(slurm, "states", lambda jobs: dict.fromkeys(jobs, "RUNNING"))
+    monkeypatch.setattr(logs.time, "sleep", lambda pause: events.pop(0)())
+    logs.main([str(run), "-f", "-n", "1"])
+    assert capsys.readouterr().out == "two\nthree\nfour\nfive\n"
+    assert not events
+
+
 @pytest.mark.parametrize(
     ("state", "arguments", "asked"),
     [("RUNNING", [], ("7", "USR2")), ("PENDING", [], ("7",)), ("RUNNING", ["--now"], ("7",))],
@@ -104,6 +129,19 @@ def test_stop_asks_a_running_job_to_save_and_cancels_a_waiting_one(run, monkeypa
     capsys.readouterr()
     stop.main([str(run)])
     assert "nothing is queued" in capsys.readouterr().out
+
+
+def test_stop_of_a_sweep_stops_the_members_that_have_a_job(run, tmp_path, monkeypatch, capsys):
+    for number, job in (("000", "9_0"), ("001", "9_1"), ("002", "9_2")):
+        Task("pretrain", str(tmp_path / "sweep" / number), "stage: pretrain\n").save()
+        records.add(tmp_path / "sweep" / number, "queued", job=job, cluster="slurm")
+    said = []
+    monkeypatch.setattr(slurm, "cancel", lambda *words: said.append(words))
+    known = {"9_0": "COMPLETED", "9_1": "RUNNING", "9_2": "PENDING"}
+    monkeypatch.setattr(slurm, "states", lambda jobs: {job: known[job] for job in jobs})
+    assert stop.main([str(tmp_path / "sweep")]) == 0
+    assert said == [("9_1", "USR2"), ("9_2",)]
+    assert "002: job 9_2 ended" in capsys.readouterr().out
 
 
 def test_a_sweep_s_table_has_every_member_whatever_became_of_it(run, tmp_path):
@@ -144,6 +182,29 @@ def test_a_sweep_of_another_shape_is_refused(tmp_path, content):
     (tmp_path / "s.yaml").write_text(content)
     with pytest.raises(ConfigError, match="sweep"):
         sweep.combinations(tmp_path / "s.yaml")
+
+
+def test_a_board_starts_and_leaves_nothing_behind(run):
+    """TensorBoard answers with the runs' names; when the board is ended, so are its server and its folder of links."""
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run / "tensorboard")) as writer:
+        writer.add_scalar("train/loss", 1.0, 10)
+    command = [sys.executable, "-m", "halfseen", "board", str(run), "--port", "0", "--load_fast", "false"]
+    environment = os.environ | {"TMPDIR": str(run.parent)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as board:
+        address = next(found[0] for line in board.stderr if (found := re.findall(r"http://localhost:\d+/", line)))
+        names = []
+        while not names:  # it answers before it has read them
+            with urllib.request.urlopen(f"{address}data/runs", timeout=60) as answer:
+                names = json.load(answer)
+        assert names == ["a"]
+        board.terminate()
+        assert board.wait(timeout=60) == 0
+    assert not list(run.parent.glob("*-halfseen-board"))
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{address}data/runs", timeout=60)
 
 
 def test_a_board_shows_each_run_under_its_own_name(run, tmp_path):

@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
-from halfseen.config import load
 from halfseen.launch import submit
 from halfseen.launch.config import Launch
 from halfseen.launch.task import Task
+from halfseen.recipes import load
 
 
 @pytest.fixture
@@ -123,3 +123,17 @@ def test_a_job_s_folder_is_refused_to_another_launch(tmp_path, monkeypatch):
         jobs.refuse_active(tmp_path)
     monkeypatch.setattr(slurm, "states", lambda jobs: {"7": "COMPLETED"})
     jobs.refuse_active(tmp_path)
+
+
+def test_a_task_says_what_was_stated_and_no_defaults(tmp_path):
+    """What nobody states may be taken from run.init, which a chain makes only later."""
+    from halfseen.finetune.config import Finetune
+    from halfseen.launch import command
+    from halfseen.recipes import load
+
+    given = ["optim.lr=1e-3", "optim.betas=[0.9,0.99]", f"run.folder={tmp_path / 'run'}", "data.train=[a,b]"]
+    options = command.config_text(Finetune, ["finetune/demo", *given])
+    assert {"model.width", "optim.lr", "data.train"} <= options.keys()
+    assert "model.norm" not in options
+    (tmp_path / "config.yaml").write_text(command.nested_yaml(options))
+    assert load(Finetune, tmp_path / "config.yaml") == load(Finetune, "finetune/demo", given)

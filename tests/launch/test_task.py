@@ -23,6 +23,7 @@ from halfseen.loop import AnotherRank
         (NotFinite("see the capsule"), 1),
         (TooManyBad("3 of 20"), 1),
         (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (FileExistsError(errno.EEXIST, "File exists"), 1),
         (OSError(errno.EIO, "Input/output error"), 70),
         (AnotherRank("that rank says why"), 70),
         (RuntimeError("CUDA error"), 70),

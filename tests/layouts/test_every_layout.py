@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from halfseen.config import Model
 from halfseen.layouts import LAYOUTS, detect
 from halfseen.models import ViT
+from halfseen.models.hierarchical import TimmConfig, TimmTrunk
 from halfseen.models.swin import Swin, SwinConfig
 from halfseen.pretrain.mae import MAE, MAEConfig
 from halfseen.pretrain.mim import MIM, MIMConfig
@@ -19,6 +20,7 @@ from halfseen.pretrain.targets import Pixels
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIT = {"width": 16, "depth": 11, "heads": 2, "patch": 8}
 SWIN = {"width": 8, "depths": [2, 4], "heads": [1, 2], "window": 4}
+PVT = {"embed_dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
 BEIT = VIT | {"key_bias": False, "layer_scale": 0.1, "position": "none"}
 
 
@@ -43,19 +45,23 @@ STUDENTS = {
     "plain": lambda: under_encoder(ViT(Model(**VIT), 32)),
     "registers, hMLP, parallel": lambda: under_encoder(ViT(Model(**VIT, stem="hmlp", registers=2, parallel=2), 32)),
     "beit, a table per block": lambda: under_encoder(ViT(Model(**BEIT, relative="block"), 32)),
+    "irpe": lambda: under_encoder(ViT(Model(**VIT, irpe="product", irpe_on="qkv", irpe_shared=False), 32)),
     "mae": lambda: mae().state_dict(),
     "mim": lambda: mim().state_dict(),
     "swin": lambda: under_encoder(Swin(SwinConfig(**SWIN), 64)),
     "simmim": lambda: simmim().state_dict(),
+    "of timm": lambda: under_encoder(TimmTrunk(TimmConfig("pvt_v2_b0", 0.0, dict(PVT)), 64)),
 }
 WHOLE = {
     "plain": ("halfseen", "timm", "mae", "deit", "transformers_vit", "transformers_vit_model"),
     "registers, hMLP, parallel": ("halfseen", "timm", "deit"),
     "beit, a table per block": ("halfseen", "beit", "timm_beit", "transformers_beit", "transformers_beit_model"),
+    "irpe": ("halfseen", "irpe"),
     "mae": ("halfseen", "mae", "transformers_mae"),
     "mim": ("halfseen", "simmim", "beit", "transformers_beit_mim"),
     "swin": ("halfseen", "swin", "timm_swin"),
     "simmim": ("halfseen", "simmim"),
+    "of timm": ("halfseen", "timm_hierarchical"),
 }
 CASES = [(kind, layout) for kind, layouts in WHOLE.items() for layout in layouts]
 
@@ -121,3 +127,8 @@ def test_the_given_names_are_detected_as_their_own():
         theirs = LAYOUTS[name].give(randomised(STUDENTS[kind]()))
         if name not in shared.get(kind, ()) and not (kind == "registers, hMLP, parallel" and name == "timm"):
             assert detect(theirs).name == name, (kind, name)
+
+
+def test_a_hierarchical_trunk_of_timm_has_no_place_in_a_plain_vit():
+    names = {f"encoder.{name}" for name in TimmTrunk(TimmConfig("pvt_v2_b0", 0.0, dict(PVT)), 64).state_dict()}
+    assert not any(LAYOUTS[name].from_ours(names) for name in ("timm", "mae", "deit"))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from halfseen.config import Model
+from halfseen.models import ViT
 from halfseen.models.attention import Attention, attend
 
 
@@ -31,3 +33,25 @@ def test_bfloat16_on_the_cpu_agrees_with_float32():
     low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), exact, rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_dropped_weights_are_as_many_as_said_and_the_others_larger(precision):
+    torch.manual_seed(0)
+    q, k = torch.zeros(2, 4, 2, 50, 50, dtype=precision)  # every weight is 1/50 ...
+    v = torch.eye(50, dtype=precision).expand(4, 2, 50, 50)  # ... and can be read off the result
+    weights = 50 * attend(q, k, v, dropout=0.25).float()
+    kept = weights > 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    torch.testing.assert_close(weights[kept], torch.full((int(kept.sum()),), 4 / 3), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"relative": "shared"}, {"irpe": "product"}, {"attention": "reattention"}], ids=str
+)
+def test_every_softmax_attention_drops_weights_in_training_alone(options):
+    vit = ViT(Model(width=24, depth=1, heads=3, patch=8, attention_dropout=0.5, **options), 32)
+    image = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(vit(image), vit(image))
+    vit.eval()
+    assert torch.equal(vit(image), vit(image))

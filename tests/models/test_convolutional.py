@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfseen.config import ConfigError
-from halfseen.models.alternet import DEPTHS, AlterNet, AttentionBlock, pattern
+from halfseen.models.alternet import DEPTHS, AlterNet, AlterNetConfig, AttentionBlock, pattern
 from halfseen.models.convolutional import Attention2d, ConvAttention2d, LocalAttention
 
 
@@ -49,6 +49,11 @@ def test_a_window_over_the_whole_map_is_global_attention():
     torch.testing.assert_close(local(x)[0], everywhere(x)[0], rtol=1e-4, atol=1e-6)
 
 
+def test_an_even_kernel_looks_around_its_place_where_dilation_is_even():
+    around = {(y, x) for y in (3, 5) for x in (4, 6)} | {(4, 5)}  # itself by its query alone
+    assert changed(ConvAttention2d(8, 2, 4, kernel=2, dilation=2), (9, 9), (4, 5)) == around
+
+
 def test_an_even_kernel_has_no_centre():
     with pytest.raises(ValueError, match="odd"):
         ConvAttention2d(8, 2, 4, kernel=4)
@@ -86,7 +91,7 @@ def test_the_table_of_windows_is_indexed_by_key_minus_query():
 @pytest.mark.parametrize(("depth", "blocks"), [("18", 8), ("34", 17), ("50", 17)])
 def test_alternet_s_stages_end_in_attention(depth, blocks):
     with torch.device("meta"):
-        model = AlterNet(depth, 224, 10)
+        model = AlterNet(AlterNetConfig(depth), 224)
     attends = [isinstance(block, AttentionBlock) for block in model.blocks]
     assert len(attends) == blocks
     assert sum(attends) == sum(DEPTHS[depth].attention)
@@ -101,9 +106,10 @@ def test_alternating_blocks_end_with_attention_after_each_convolution():
 
 
 def test_alternet_trains_and_refuses_sizes_its_windows_do_not_tile():
-    model = AlterNet("18", 64, 5, window=2, head_width=8, drop_path=0.5).train()
-    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    model = AlterNet(AlterNetConfig("18", window=2, head_width=8, drop_path=0.5), 64).train()
+    tokens = model(torch.randn(2, 3, 64, 64))
+    assert tokens.shape == (2, 2 * 2, 512)
+    tokens.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert model.features(torch.randn(1, 3, 64, 64)).shape == (1, 2, 2, 512)
     with pytest.raises(ConfigError, match="multiple of 224"):
-        AlterNet("18", 256, 5)
+        AlterNet(AlterNetConfig("18"), 256)

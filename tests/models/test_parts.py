@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from halfseen.config import ConfigError, Model
-from halfseen.distributed import World
-from halfseen.engines.base import refuse_statistics, synchronise_batch_norm
+from halfseen.engines.recompute import refuse_statistics
 from halfseen.models import ViT
 from halfseen.models.block import Block
 from halfseen.models.peg import PEG
@@ -121,13 +120,6 @@ def test_blocks_whose_norms_keep_statistics_are_not_recomputed(options, moving):
         with pytest.raises(ConfigError, match="running statistics") as refused:
             refuse_statistics(block)
         assert refused.value.key == "engine.recompute"
-
-
-def test_reattention_on_several_cpu_ranks_is_refused_by_its_name():
-    world = World(rank=0, local_rank=0, world=2, device=torch.device("cpu"))
-    with pytest.raises(ConfigError) as refused:
-        synchronise_batch_norm(build(attention="reattention"), world)
-    assert refused.value.key == "model.attention"
 
 
 @pytest.mark.parametrize("place", ["post", "res_post"])

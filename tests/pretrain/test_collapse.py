@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halfseen.pretrain.collapse import feature_rank, spread
+from halfseen.pretrain.targets import HOG, Pixels
 
 
 def test_rank_counts_directions():
@@ -40,3 +41,12 @@ def test_spread_is_the_variance_over_patches():
     values = torch.randn(5, 7, 3)
     torch.testing.assert_close(spread(values), values.flatten(0, 1).var(0, unbiased=False).mean())
     assert spread(torch.ones(5, 7, 3)) == 0
+
+
+@pytest.mark.parametrize("target", [Pixels(8, True), Pixels(8, False, "absolute"), HOG(8)])
+def test_the_same_answer_for_every_patch_shows(target):
+    torch.manual_seed(0)
+    wanted = target({"image": torch.randn(2, 3, 32, 32)})
+    told = target.loss(wanted.mean((0, 1), keepdim=True).expand_as(wanted), wanted)
+    assert told["prediction_variance"] < 1e-8
+    assert told["target_variance"] > 1e-4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfseen import config as configs
+from halfseen import recipes
 from halfseen.config import ConfigError
 from halfseen.pretrain import masks
 from halfseen.pretrain.config import Pretrain
@@ -12,7 +12,7 @@ KINDS = ("random", "block", "block_v1", "coarse", "grid", "none")
 
 
 def config_of(*overrides):
-    return configs.load(Pretrain, None, ["model.patch=16", "data.image_size=224", "run.seed=3", *overrides])
+    return recipes.load(Pretrain, None, ["model.patch=16", "data.image_size=224", "run.seed=3", *overrides])
 
 
 @pytest.mark.parametrize("kind", KINDS)

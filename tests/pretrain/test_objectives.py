@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from toys import NAMED
 
 from halfseen import config as configs
-from halfseen import engines, optim, stage
+from halfseen import engines, optim, recipes, stage
 from halfseen.config import ConfigError, Model
 from halfseen.data.hashing import uniform
 from halfseen.distributed import World
 from halfseen.models import ViT
-from halfseen.pretrain import objectives, targets
+from halfseen.pretrain import objectives, targets, train
 from halfseen.pretrain.config import Pretrain
 from halfseen.pretrain.tokenizers import Coder
 from halfseen.pretrain.tokenizers.quantizer import QuantizerConfig
@@ -101,7 +101,7 @@ def tokenizer(tmp_path_factory):
 def config_of(objective, target, mask, stem, tokenizer):
     own = (f"objective.name={objective}", f"target.name={target}", f"mask.kind={mask}", f"model.stem={stem}")
     codes = (f"target.codes.tokenizer={tokenizer}",)
-    return configs.load(Pretrain, None, [*SMALL, *own, *codes, *STUDENTS[objective, target]])
+    return recipes.load(Pretrain, None, [*SMALL, *own, *codes, *STUDENTS[objective, target]])
 
 
 def prepared(config, target):
@@ -141,12 +141,31 @@ def legal(objective, mask, stem):
 def test_every_mask_and_stem_trains_or_is_refused(student, tokenizer):
     for mask in MASKS:
         for stem in STEMS:
-            config = config_of(*student, mask, stem, tokenizer)
             if legal(student[0], mask, stem):
+                config = config_of(*student, mask, stem, tokenizer)
                 assert all(loss == loss for loss in steps(World(), config, count=1)), (mask, stem)
             else:
                 with pytest.raises(ConfigError, match=r"^(mask|model)\."):
-                    steps(World(), config, count=1)
+                    steps(World(), config_of(*student, mask, stem, tokenizer), count=1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "target", "mask", "key"),
+    [
+        ("vqkd", "features", "mask.kind=random", "mask.kind"),
+        ("fd", "features", "mask.kind=block", "mask.kind"),
+        ("mae", "codes", "mask.kind=block_v1", "mask.kind"),
+        ("beit2", "codes", "mask.kind=none", "mask.kind"),
+        ("mim", "codes", "mask.count=10000", "mask.count"),
+    ],
+)
+def test_a_mask_without_meaning_is_refused_before_anything_is_loaded(objective, target, mask, key, tmp_path):
+    missing = ("target.features.teacher.source=no/such/run", "target.codes.tokenizer=no/such/run")
+    names = (f"objective.name={objective}", f"target.name={target}", "data.train=embedded:emoji/train")
+    config = recipes.load(Pretrain, None, [*SMALL, *names, *missing, mask])
+    with pytest.raises(ConfigError) as refused:
+        train.parts(config, World(), tmp_path)
+    assert refused.value.key == key
 
 
 def usual(objective):

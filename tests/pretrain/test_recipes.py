@@ -3,16 +3,17 @@
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
-from halfseen import config as configs
-from halfseen.config import Model, recipes
+from halfseen.config import Model
 from halfseen.models import ViT
 from halfseen.pretrain import train
 from halfseen.pretrain.config import Pretrain
 from halfseen.pretrain.tokenizers import Coder
 from halfseen.pretrain.tokenizers.quantizer import QuantizerConfig
+from halfseen.recipes import load, recipes
 
 NAMES = [name for name, _ in recipes() if name.startswith("pretrain/")]
 SIDE, PATCH = 64, 8  # pixels of the images, and of a patch
@@ -70,7 +71,7 @@ def tokenizers(tmp_path_factory):
 
 
 def overrides(recipe, tokenizers, folder):
-    config = configs.load(Pretrain, recipe, ["data.train=unused"])
+    config = load(Pretrain, recipe, ["data.train=unused"])
     changed = dict(SMALL) | {"run.folder": folder}
     names = {config.objective.name, config.target.name, config.trunk}
     for name in names & BESIDE.keys():
@@ -93,3 +94,12 @@ def test_recipe_trains(name, tokenizers, tmp_path):
     assert [row["position"] for row in rows] == [4, 8]
     assert all(row["loss"] is not None and row["grad_norm"] > 0 for row in rows)
     assert "nonfinite_steps" not in rows[-1]
+
+
+def test_teachers_from_timm_have_the_activation_they_were_trained_with():
+    """OpenAI's CLIP has QuickGELU; under the plain name timm builds it with another."""
+    for name in NAMES:
+        source = load(Pretrain, name, ["data.train=unused"]).target.features.teacher.source
+        if source.startswith("timm:"):
+            notes = timm.get_pretrained_cfg(source.removeprefix("timm:")).notes
+            assert "quickgelu" in source or not any("natively QuickGELU" in note for note in notes), name

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.models.swin import Swin, SwinConfig
 from halfseen.pretrain import masks, objectives
 from halfseen.pretrain.config import Pretrain
 from halfseen.pretrain.mim import MIMConfig
 from halfseen.pretrain.simmim import SimMIM
 from halfseen.pretrain.targets import HOG, Pixels
+from halfseen.recipes import load
 
 TRUNK = SwinConfig(width=16, depths=[2, 2], heads=[2, 4], window=4)  # a place of the last stage is 8 pixels
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,9 @@ def cluster():
     before = dict(os.environ)
     os.environ |= settings | {"OMP_NUM_THREADS": "1"}
     started = subprocess.run(["bash", CLUSTER, "start", str(NODES)], capture_output=True, text=True, check=False)
+    # Stops it even if this process is killed, as pytest-xdist does with its workers on Ctrl-C.
+    watch = f"tail --pid={os.getpid()} -f /dev/null; exec bash '{CLUSTER}' stop"
+    guard = subprocess.Popen(["bash", "-c", watch], start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         if started.returncode:
             pytest.fail(f"the cluster did not start:\n{started.stderr}")
@@ -54,6 +58,8 @@ def cluster():
         os.environ |= {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}"}
         yield Path(folder)
     finally:
+        os.killpg(guard.pid, signal.SIGTERM)
+        guard.wait()
         subprocess.run(["bash", CLUSTER, "stop"], check=False)
         os.environ.clear()
         os.environ.update(before)

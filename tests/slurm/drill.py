@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from halfseen.launch import records
 
 RECORDING = Path(__file__).with_name("recording.py")
@@ -17,6 +19,7 @@ PATIENCE = int(
 )  # seconds; the machine may be busy, and a drill that works does not wait for it
 
 BATCH = 16
+IMAGES = 640
 TINY = [
     "pretrain/demo",
     "model.width=32",
@@ -31,6 +34,13 @@ TINY = [
     "run.picture_every=0",
 ]
 
+RUN = [*TINY, f"run.images={IMAGES}", "run.checkpoint_every=160"]
+SHORT = [*TINY, "run.images=160", "run.checkpoint_every=80"]
+
+# Two halves of the cluster: where nodes are occupied and lost, and where they are not.
+HERE = {"sbatch": {"exclude": "node3,node4"}}
+THERE = {"sbatch": {"exclude": "node1,node2"}}
+
 
 def halfseen(*arguments, code=0, cwd=None, env=None):
     """Run a command of halfseen; its output, stderr at the end."""
@@ -40,20 +50,30 @@ def halfseen(*arguments, code=0, cwd=None, env=None):
     return done.stdout + done.stderr
 
 
-def resources(folder, *, nodes=2, tasks=2, pace=0.0, **more):
-    """A --launch file whose ranks record their keys to FOLDER/keys.*."""
+def resources(folder, *, nodes=2, tasks=2, held=None, **more):
+    """A --launch file whose ranks record their keys to FOLDER/keys.*, and wait at position ``held``."""
     folder.mkdir(parents=True, exist_ok=True)
+    hold(folder, held)
     values = {
         "cluster": "slurm",
         "nodes": nodes,
         "tasks_per_node": tasks,
         "python": f"{sys.executable} {RECORDING}",
-        "setup": [f"export DRILL_KEYS={folder}/keys", f"export DRILL_PACE={pace}"],
+        "setup": [f"export DRILL_KEYS={folder}/keys", f"export DRILL_HOLD={folder}/hold"],
         **more,
     }
     path = folder / "launch.yaml"
     path.write_text(json.dumps(values))
     return path
+
+
+def hold(folder, position=None):
+    """From now on the ranks wait at this position, a multiple of BATCH; None: nowhere."""
+    if position is None:
+        (folder / "hold").unlink(missing_ok=True)
+        return
+    (folder / "hold.partial").write_text(str(position))
+    os.replace(folder / "hold.partial", folder / "hold")
 
 
 def torchrun(folder, *arguments, ranks=4, engine="auto"):
@@ -72,7 +92,7 @@ def torchrun(folder, *arguments, ranks=4, engine="auto"):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"DRILL_KEYS": f"{folder}-keys", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"DRILL_KEYS": f"{folder}-keys", "DRILL_HOLD": f"{folder}-hold", "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -105,11 +125,25 @@ def starts(run):
     return len(records.story(run).starts)
 
 
-def stepping(run, start):
-    """Wait until the run is in its so-many-th start and has taken two steps in it."""
+def waiting(run, start, position):
+    """Until the run is in its so-many-th start and waits at the position at which it is held."""
     until(f"start {start} of {run.name}", lambda: starts(run) >= start, run)
     begun = records.story(run).starts[start - 1]["time"]
-    until(f"steps in start {start}", lambda: sum(row["time"] > begun for row in rows(run)) >= 2, run)
+
+    def there():
+        return any(row["time"] > begun and row["position"] >= position for row in rows(run))
+
+    until(f"position {position} in start {start}", there, run)
+
+
+def left(run, start):
+    """Until the run's so-many-th start has said how it ended."""
+    until(f"the end of start {start}", lambda: len(ends(run)) >= start, run)
+
+
+def ends(run):
+    """How each start ended that could say so."""
+    return [event for event in records.events(run) if event["event"] == "ended"]
 
 
 def ended(run, verdict):
@@ -161,7 +195,10 @@ def processes(job):
             state = (path / "stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, UnicodeDecodeError):
             continue
-        if environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment and state != "Z":
+        here = (
+            environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
+        )  # another cluster may have a job of that number
+        if here and environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment and state != "Z":
             found[int(path.name)] = int(environment["SLURM_PROCID"])
     return found
 
@@ -198,3 +235,26 @@ def occupy(nodes, seconds=1):
     command = ["sbatch", "--parsable", "--partition=high", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null"]
     done = subprocess.run([*command, f"--wrap=sleep {seconds}"], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def show(job):
+    """What Slurm says of a job."""
+    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
+
+
+def same_run(run, expected, keys, rel):
+    """The curve and the images of an interrupted run are those of the uninterrupted one."""
+    found = losses(run)
+    assert sorted(found) == sorted(expected)
+    for position, loss in expected.items():
+        assert found[position] == pytest.approx(loss, rel=rel), position
+    assert sequence(run.parent) == keys
+
+
+def nothing_left(run):
+    """No process of the run's job is alive, or a minute later still."""
+    job = records.story(run).job
+    deadline = time.monotonic() + 60
+    while processes(job) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [command_of(process) for process in processes(job)]

@@ -9,7 +9,11 @@ from halfseen.models import ViT
 from halfseen.tools.attention import main, maps, probabilities, rollout
 
 SMALL = {"size": "ti", "width": 32, "depth": 3, "heads": 4, "patch": 8}
-KINDS = [{}, {"relative": "block", "key_bias": False}, {"relative": "shared"}, {"rope": True}, {"class_token": False}]
+KINDS = [
+    *({}, {"relative": "block", "key_bias": False}, {"relative": "shared"}, {"rope": True}, {"class_token": False}),
+    *({"irpe": "product", "irpe_on": "qk"}, {"irpe": "cross", "share": 3}, {"head_mixing": "affine", "share": 3}),
+    {"attention": "reattention"},
+]
 
 
 def make(**model):
@@ -23,14 +27,30 @@ def make(**model):
 @pytest.mark.parametrize("model", KINDS)
 def test_values_weighted_by_what_is_drawn_are_what_the_attention_gives(model):
     trunk, image = make(**model), torch.randn(2, 3, 24, 16)
-    results = []
-    trunk.blocks[2].attn.register_forward_hook(lambda module, given, result: results.append(result))
+    attention, results = trunk.blocks[-1].attn, []
+    attention.register_forward_hook(lambda module, given, result: results.append(result))
     projected = trunk.trace(image, qkv=[2]).qkv[2]
     weights = probabilities(trunk, image)[2]
-    value = projected[..., 64:].unflatten(-1, (4, 8)).transpose(1, 2)
-    again = trunk.blocks[2].attn.proj((weights @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(again, results[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    for mixing in ("proj_w", "reattention"):  # what is drawn is the softmax; these come after it
+        part = getattr(attention, mixing, None)
+        part = part[-1] if isinstance(part, torch.nn.ModuleList) else part
+        weights = weights if part is None else part(weights)
+    value = projected[..., 64:].unflatten(-1, (4, 8)).transpose(1, 2)
+    again = attention.proj((weights @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(again, results[len(results) // 2 - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_parallel_block_has_the_heads_of_all_its_branches():
+    trunk, image = make(parallel=2), torch.randn(2, 3, 24, 16)
+    given = []
+    for branch in trunk.blocks[1].attns:
+        branch.attn.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    found = probabilities(trunk, image)
+    assert len(found) == 3
+    expected = [branch.attn.probabilities(x) for branch, x in zip(trunk.blocks[1].attns, given)]
+    assert torch.equal(found[1], torch.cat(expected, dim=1))
+    assert maps(trunk, image)[0].shape == (2, 8, 3, 2)
 
 
 def test_maps_are_what_the_class_token_looks_at_on_the_grid():
@@ -51,10 +71,16 @@ def test_rollout_of_blocks_that_look_nowhere_else_is_the_identity():
     torch.testing.assert_close(rollout([even, same, even]).sum(-1), torch.ones(1, 5))
 
 
-@pytest.mark.parametrize("model", [{"parallel": 2}, {"head_mixing": "linear"}, {"irpe": "product"}])
-def test_a_trunk_whose_attention_is_more_is_refused(model):
-    with pytest.raises(ConfigError, match="not drawn"):
-        probabilities(make(**model), torch.randn(1, 3, 24, 16))
+def test_a_trunk_without_a_softmax_over_all_tokens_is_refused():
+    with pytest.raises(ConfigError, match="no such map"):
+        probabilities(make(attention="strided", attention_stride=1, class_token=False), torch.randn(1, 3, 24, 16))
+
+
+def test_a_block_that_is_not_there_and_a_missing_image_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--block=3: the trunk has 3 blocks"):
+        maps(make(), torch.randn(1, 3, 24, 16), block=3)
+    with pytest.raises(ConfigError, match="no such file"):
+        main(["finetune/demo", str(tmp_path / "none.png"), "--out", str(tmp_path / "out")])
 
 
 def test_a_picture_is_drawn_for_each_image(tmp_path, capsys):

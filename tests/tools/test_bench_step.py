@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import load
 from halfseen.tools import bench_step
 
 TINY = [

@@ -1,8 +1,8 @@
 """The convert command: files in and out, in every layout."""
 
-import dataclasses
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from halfseen.config import ConfigError
+from halfseen.config import ConfigError, Model
+from halfseen.models import ViT
 from halfseen.pretrain import train as pretraining
-from halfseen.tools import convert
+from halfseen.tools import architecture, convert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -50,6 +51,21 @@ def test_what_has_no_place_in_the_destination_is_named(tmp_path, capsys):
     unused = next(line for line in printed.splitlines() if "unused" in line)
     assert "decoder.pred" in unused
     assert not [name for name in load_file(timm) if "decoder" in name or "mask_token" in name]
+
+
+@pytest.mark.parametrize("name", ["timm", "beit", "transformers_vit"])
+def test_what_a_pretraining_predicts_is_no_classifier(name):
+    """A student that hides nothing (Feature Distillation) has no mask token to tell its head by."""
+    trunk = ViT(Model(width=32, depth=1, heads=2, patch=8), 32)
+    ours = {f"encoder.{key}": value for key, value in trunk.state_dict().items()}
+    ours |= {"head.weight": torch.randn(7, 32), "head.bias": torch.randn(7)}
+    source, destination = convert.LAYOUTS["halfseen"], convert.LAYOUTS[name]
+    made = convert.place(ours, source, destination, "pretrain")
+    assert set(made.unused) == {"head.weight", "head.bias"}
+    assert not [key for key in made.weights if "head" in key or "classifier" in key]
+    tuned = convert.place(ours, source, destination, "finetune")
+    assert not tuned.unused
+    assert len(tuned.weights) == len(made.weights) + 2
 
 
 def test_names_that_contradict_from_are_refused(tmp_path):
@@ -135,7 +151,7 @@ def test_wrong_weights_are_not_proven(tmp_path, capsys, monkeypatch):
         one, two = "blocks.0.attn.proj.bias", "blocks.1.attn.proj.bias"
         return table | {one: table[two], two: table[one]}
 
-    monkeypatch.setitem(convert.LAYOUTS, "timm", dataclasses.replace(layout, to_ours=swapped))
+    monkeypatch.setitem(convert.LAYOUTS, "timm", replace(layout, to_ours=swapped))
     out = tmp_path / "out.safetensors"
     assert convert.main([given, str(out), "--from", "timm", "--to", "halfseen", "--heads", "3"]) == 1
     assert "NOT EQUAL" in capsys.readouterr().out
@@ -208,6 +224,68 @@ def test_official_simmim_weights_are_proven_by_timm(tmp_path, capsys):
         back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
         expected = {name: value for name, value in official(case).items() if not name.endswith("attn_mask")}
         assert same(back, expected)
+
+
+OFFICIAL = {
+    "mae_pretrain_a": "mae",
+    "beit_mim_a_shared_rel": "beit",
+    "beit_finetune_a_mean": "beit",
+    "beit2_clspt_a_sharedhead": "beit2",
+    "deepvit_reattn_a": "deepvit",
+    "deit_distilled_a": "timm",
+    "deit_v2_a_layerscale": "deit",
+    "deit_v2_b_parallel_ls_hmlp": "deit",
+    "mini_deit_a": "mini_deit",
+    "mini_deit_b_cls_qkv": "mini_deit",
+    "mini_swin_a": "mini_swin",
+    "simmim_vit_a": "simmim",
+    "simmim_swin_a": "simmim",
+}
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_official_weights_of_every_family_say_what_they_are(tmp_path, capsys, case):
+    """Detected, and described well enough to build the very trunk; heads are given where no weight tells."""
+    config = json.loads((GOLDEN / f"{case}.json").read_text())["config"]
+    given, ours = tmp_path / "given.pth", tmp_path / "ours.safetensors"
+    torch.save({"model": official(case)}, given)
+    arguments = [str(given), str(ours), "--to", "halfseen", "--image-size", str(side_of(config))]
+    heads = ["--heads", str(config["num_heads"])] if isinstance(config.get("num_heads"), int) else []
+    assert convert.main([*arguments, *heads]) == 0
+    printed = capsys.readouterr().out
+    assert f"{OFFICIAL[case]} -> halfseen" in printed
+    assert "100.0% of the trunk was given" in printed
+    told = architecture.of_file(ours)
+    trunk = {name.removeprefix("encoder."): value for name, value in load_file(ours).items() if "encoder." in name}
+    lacks = told.build().encoder.load_state_dict(trunk, strict=False)
+    assert not lacks.unexpected_keys
+    assert set(lacks.missing_keys) <= {"norm.weight", "norm.bias"}  # which a mean over tokens may have behind it
+    if "mini_deit" in case:
+        assert (told.model.share, told.model.depth) == (2, config["depth"])
+        assert told.model.irpe_shared == config["rpe_config"]["shared_head"]
+        assert told.model.irpe_on == config["rpe_config"]["rpe_on"]
+
+
+def side_of(config):
+    """Pixels on the side of a case's images."""
+    nested = [part for part in config.values() if isinstance(part, dict)]
+    return next(part["img_size"] for part in (config, *nested) if "img_size" in part)
+
+
+def test_a_deit_with_irpe_comes_back_and_its_tables_tell_what_they_are(tmp_path, capsys):
+    cfg = Model(width=48, depth=2, heads=3, patch=8, irpe="cross", irpe_on="kv", irpe_mode="contextual")
+    given, ours, back = (tmp_path / f"{part}.safetensors" for part in ("given", "ours", "back"))
+    trunk = randomised(ViT(cfg, 32))
+    save_file({name: value.clone() for name, value in trunk.state_dict().items()}, given)
+    assert convert.main([str(given), str(ours), "--to", "halfseen", "--heads", "3"]) == 0
+    assert "irpe -> halfseen" in capsys.readouterr().out
+    told = architecture.of_file(ours).model
+    assert (told.irpe, told.irpe_on, told.irpe_mode, told.irpe_shared) == ("cross", "kv", "contextual", True)
+    assert convert.main([str(ours), str(back), "--to", "irpe"]) == 0
+    assert same(load_file(back), load_file(given))
+    save_file({name: value.clone() for name, value in ViT(replace(cfg, irpe="quant"), 32).state_dict().items()}, given)
+    assert convert.main([str(given), str(ours), "--to", "halfseen", "--heads", "3"]) == 0
+    assert "do not tell their method" in capsys.readouterr().out
 
 
 def test_a_transformers_file_is_proven_by_transformers(tmp_path, capsys):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from halfseen.config import changes, load
 from halfseen.data import evaluation_batches, open_set
 from halfseen.data.transforms import evaluation_transform
 from halfseen.finetune.config import Finetune
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import changes, load
 from halfseen.tools import demo
 
 

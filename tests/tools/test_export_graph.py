@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from halfseen.config import ConfigError, Model
+from halfseen.models.hierarchical import TimmConfig
 from halfseen.models.swin import SwinConfig
 from halfseen.tools import convert, export, export_graph
 from halfseen.tools.architecture import Architecture
@@ -14,7 +15,9 @@ TRUNKS = {
     "plain": Model(**VIT),
     "hmlp, sincos, parallel": Model(**VIT, stem="hmlp", position="sincos", parallel=2, registers=2),
     "beit, shared blocks": Model(**VIT, relative="shared", key_bias=False, layer_scale=0.1, share=2, position="none"),
+    "irpe": Model(**VIT, irpe="product", irpe_on="qkv"),
     "swin": SwinConfig(width=16, depths=[2, 2], heads=[2, 4], window=2),
+    "of timm": TimmConfig("pvt_v2_b0", 0.0, {"embed_dims": [8] * 4, "depths": [1] * 4, "num_heads": [1] * 4}),
 }
 
 
@@ -41,7 +44,7 @@ def test_a_torch_export_computes_the_same(tmp_path, capsys, kind):
         torch.testing.assert_close(torch.export.load(out).module()(image), trunk(image), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["hmlp, sincos, parallel", "swin"])
+@pytest.mark.parametrize("kind", ["hmlp, sincos, parallel", "irpe", "swin"])
 def test_onnxruntime_computes_the_same(tmp_path, capsys, kind):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install halfseen[onnx]")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install halfseen[onnx]")
@@ -71,3 +74,11 @@ def test_weights_that_do_not_say_what_they_are_and_wrong_names_are_refused(tmp_p
         export.main([str(tmp_path), str(tmp_path / "out.pt2"), "--onnx"])
     with pytest.raises(ConfigError, match="a graph is of the trunk alone"):
         export.main([str(tmp_path), str(tmp_path / "out.pt2"), "--torch-export", "--part", "student"])
+
+
+def test_a_discrete_vae_has_no_trunk_and_the_way_out_is_told(tmp_path):
+    (tmp_path / "config.yaml").write_text("stage: pretrain\nobjective: {name: dvae}\n")
+    with pytest.raises(ConfigError, match="whose encoder is no trunk") as refused:
+        export.main([str(tmp_path), str(tmp_path / "out.pt2"), "--torch-export"])
+    assert "target.codes.tokenizer" in refused.value.fix
+    assert "--part student" in refused.value.fix

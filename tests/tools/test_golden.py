@@ -1,8 +1,10 @@
 """Reference cases: what the tolerance of a comparison is, and weights in double."""
 
 import torch
+from torch import nn
 
-from halfseen.tools.golden import Case, in_double, outputs
+from halfseen.layouts import Layout
+from halfseen.tools.golden import Case, gradients, in_double, outputs
 
 
 def case(**given):
@@ -21,6 +23,27 @@ def test_noise_of_the_original_is_tolerated_in_gradients_alone_and_by_their_size
     assert passes("grad/w", near, noise=2e-6)
     assert not passes("grad/w", [100.0, 3e-4], noise=2e-6)
     assert not passes("features", near, noise=2e-6)
+
+
+def test_a_sum_of_terms_of_either_sign_is_judged_by_their_size_not_by_its_own():
+    """A loss of random weights may come out near 0."""
+    results = torch.tensor([100.0, -100.0])
+    weighted = case(loss=torch.tensor(1e-3))
+    weighted.inputs["loss_weight"] = torch.ones(2)
+    for loss, passed in ((2e-3, True), (4e-3, False)):  # 1e-5 of the root of two squares of 100
+        (check,) = outputs(weighted, {"loss": torch.tensor(loss), "output": results})
+        assert check.passed is passed
+    (check,) = outputs(case(loss=torch.tensor(1e-3)), {"loss": torch.tensor(2e-3), "output": results})
+    assert not check.passed
+
+
+def test_a_parameter_that_took_no_part_has_gradient_0_and_a_frozen_one_none():
+    student = nn.Linear(2, 2)
+    student.bias.requires_grad_(False)
+    identity = Layout("x", "", lambda names: True, *[lambda names: {name: name for name in names}] * 2)
+    found = gradients(student, identity)
+    assert set(found) == {"grad/weight"}
+    assert not found["grad/weight"].any()
 
 
 def test_in_double_leaves_masks_and_outputs_as_they_are():

@@ -1,12 +1,15 @@
 """The inspect command: what is in a run, and which file of it is bad."""
 
+import shutil
+
 import pytest
 import torch
 
 from halfseen.checkpoint import Checkpoints
-from halfseen.config import ConfigError, load, to_yaml
+from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import load, to_yaml
 from halfseen.tools import inspect_run
 
 STATE = {
@@ -95,6 +98,19 @@ def test_one_checkpoint_is_described_even_if_an_older_one(run, capsys):
 def test_leftovers_are_mentioned(run, capsys):
     (run / "checkpoints" / ".partial_img_000000019200").mkdir()
     assert "img_000000019200  unfinished" in inspect(capsys, run)[1]
+
+
+def test_a_run_in_stages_is_described_by_its_last_stage(run, capsys):
+    whole = run.parent / "whole"
+    for stage in ("2_attention", "10_head"):  # as numbers, not as text
+        shutil.copytree(run, whole / stage)
+    shutil.rmtree(whole / "10_head" / "checkpoints" / "img_000000012800")
+    (whole / "11_more").mkdir()
+    code, text = inspect(capsys, whole)
+    assert code == 0
+    assert text.startswith("stage       10_head, the last with a checkpoint")
+    assert "6,400 images = 100 steps" in text
+    assert not inspect(capsys, whole / "2_attention")[1].startswith("stage ")
 
 
 def test_a_config_of_another_version_is_no_obstacle(tmp_path, capsys):

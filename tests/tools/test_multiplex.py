@@ -38,7 +38,7 @@ def test_equal_blocks_lose_nothing_and_keep_their_own_norms():
             if f"blocks.{pair}.attn" in name or f"blocks.{pair}.mlp" in name:
                 state[name.replace(f"blocks.{pair}", f"blocks.{pair + 1}")] = state[name].clone()
     teacher.load_state_dict(state)
-    made, misfits = multiplex.multiplex(state, [2])
+    made, misfits = multiplex.multiplex(state, [[2, 2]])
     shared = student(1, share=2, layer_scale=0.5)
     report = weights.initialise(shared, made, coverage=1.0)
     assert report.covered == 1.0
@@ -49,7 +49,7 @@ def test_equal_blocks_lose_nothing_and_keep_their_own_norms():
 @pytest.mark.parametrize(("choose", "expected"), [("average", 0.5), ("first", 0), ("1", 1)])
 def test_the_rule_decides_what_stands_for_the_group(choose, expected):
     state = student().state_dict()
-    made, misfits = multiplex.multiplex(state, [2], choose)
+    made, misfits = multiplex.multiplex(state, [[2, 2]], choose)
     one, other = (state[f"encoder.blocks.{block}.mlp.fc1.weight"] for block in (2, 3))
     torch.testing.assert_close(made["encoder.blocks.1.mlp.fc1.weight"], one + expected * (other - one))
     found = next(misfit for misfit in misfits if misfit.name == "encoder.blocks.1.mlp.fc1.weight")
@@ -60,21 +60,38 @@ def test_the_rule_decides_what_stands_for_the_group(choose, expected):
 
 
 def test_identity_maps_let_a_student_with_mixed_heads_start_where_one_without_does():
-    made, _ = multiplex.multiplex(student().state_dict(), [2])
+    made, _ = multiplex.multiplex(student().state_dict(), [[2, 2]])
     plain, mixing = student(1, share=2), student(1, share=2, head_mixing="linear")
     weights.initialise(plain, made, coverage=1.0)
-    weights.initialise(mixing, made | multiplex.identity_maps(made, [2], [2]), coverage=1.0)
+    weights.initialise(mixing, made | multiplex.identity_maps(made, [2], [[2, 2]]), coverage=1.0)
     torch.testing.assert_close(answer(mixing), answer(plain))
 
 
 def test_a_hierarchical_trunk_has_a_group_size_per_stage():
     sizes = {"width": 8, "depths": [2, 4], "heads": [1, 2], "window": 4}
     teacher = Classifier(Swin(SwinConfig(**sizes), 32), POOL, 5)
-    made, misfits = multiplex.multiplex(teacher.state_dict(), [1, 4], "first")
+    made, misfits = multiplex.multiplex(teacher.state_dict(), [[1, 1], [4]], "first")
     shared = Classifier(Swin(SwinConfig(**sizes, share=[1, 4]), 32), POOL, 5)
     shared.load_state_dict(made)
     assert {misfit.name.split(".")[2] for misfit in misfits} == {"1"}
     assert len(misfits[0].distances) == 4
+
+
+def test_groups_of_several_sizes_keep_some_blocks_as_they_are():
+    state = student(layer_scale=0.5).state_dict()
+    groups = multiplex.groups_of(state, (), [1, 2, 1])
+    made, misfits = multiplex.multiplex(state, groups, "first")
+    shared = student(1, groups=[1, 2, 1], layer_scale=0.5)
+    assert weights.initialise(shared, made, coverage=1.0).covered == 1.0
+    assert {misfit.name.split(".")[2] for misfit in misfits} == {"1"}
+    for ours, theirs in ((0, 0), (2, 3)):
+        for part in ("attn.qkv.weight", "norm1.weight"):
+            assert torch.equal(made[f"encoder.blocks.{ours}.{part}"], state[f"encoder.blocks.{theirs}.{part}"])
+    mixing = student(1, groups=[1, 2, 1], layer_scale=0.5, head_mixing="linear")
+    weights.initialise(mixing, made | multiplex.identity_maps(made, [2], groups), coverage=1.0)
+    torch.testing.assert_close(answer(mixing), answer(shared))
+    with pytest.raises(ConfigError, match="every group"):
+        multiplex.groups_of(state, (), [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -87,13 +104,14 @@ def test_a_hierarchical_trunk_has_a_group_size_per_stage():
     ],
 )
 def test_groups_that_do_not_come_out_even_are_refused(share, choose, words):
+    state = student().state_dict()
     with pytest.raises(ConfigError, match=words):
-        multiplex.multiplex(student().state_dict(), share, choose)
+        multiplex.multiplex(state, multiplex.groups_of(state, share), choose)
 
 
 def test_a_trunk_that_shares_already_is_refused():
     with pytest.raises(ConfigError, match="already"):
-        multiplex.multiplex(student(share=2).state_dict(), [2])
+        multiplex.groups_of(student(share=2).state_dict(), [2])
 
 
 def test_the_command_writes_what_a_student_starts_from(tmp_path, capsys):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torchvision.io import encode_png, read_image
 
-from halfseen.config import ConfigError, load, to_yaml
+from halfseen.config import ConfigError
 from halfseen.data.writer import ShardWriter
 from halfseen.pretrain import objectives, targets
 from halfseen.pretrain.config import Pretrain
+from halfseen.recipes import load, to_yaml
 from halfseen.tools import reconstruct
 
 TINY = [

@@ -5,13 +5,13 @@ import torch
 
 from halfseen import teachers
 from halfseen.classification import Classifier, Task
-from halfseen.config import load, recipes
 from halfseen.distributed import World
 from halfseen.models import ViT
 from halfseen.models.swin import Swin, SwinConfig
 from halfseen.pretrain.distill import train
 from halfseen.pretrain.distill.config import Distill
 from halfseen.pretrain.distill.student import Distilled
+from halfseen.recipes import load, recipes
 
 RECIPES = [name for name, _ in recipes() if name.startswith("distill/")]
 PUBLISHED = {

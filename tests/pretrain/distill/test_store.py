@@ -8,10 +8,13 @@ import ranks
 import torch
 import webdataset
 
-from halfseen.config import ConfigError, load
+from halfseen.config import ConfigError
 from halfseen.distributed import World
-from halfseen.pretrain.distill import store, train
+from halfseen.pretrain import store
+from halfseen.pretrain.distill import store as answers
+from halfseen.pretrain.distill import train
 from halfseen.pretrain.distill.config import Distill
+from halfseen.recipes import load
 from halfseen.tools import teach
 
 OPTIONS = [
@@ -63,10 +66,10 @@ def test_the_stored_answer_is_the_live_one_to_the_stated_error(folder, tmp_path)
     made = train.parts(settings, World(), tmp_path)
     batch = next(made.stream(256))
     answer = made.prepare(batch)
-    stored = store.Stored(folder, store.block_of(settings), store.span_of(settings), 12, torch.device("cpu"))
+    stored = answers.Stored(folder, answers.block_of(settings), answers.span_of(settings), 12, torch.device("cpu"))
     kept = stored(batch["position"], batch["key"])
     bound = stored.shard(256).errors(0)
-    lost = store.losses_of(answer, kept)
+    lost = answers.losses_of(answer, kept)
     assert lost.keys() == bound.keys() == {"scores", "qkv0", "qkv1", "hidden0", "hidden1"}
     assert all(0 < lost[name] <= bound[name] * 1.01 for name in lost)
     assert bound["qkv0"] < 0.5 / 127 * 1.01
@@ -101,10 +104,10 @@ def make_part(world, place):
     settings = config(f"store.folder={place}")
     train_set = train.data.open_set(settings.data, "train")
     if world.main:
-        store.create(Path(place), store.describe(settings, train_set))  # the digest may be unknown
+        store.create(Path(place), answers.describe(settings, train_set))  # the digest may be unknown
     world.barrier()
-    blocks = teach.Blocks(settings, train_set, train.live_teacher(settings, world), world)
-    teach.teach(settings, blocks, 512, world)
+    asked = teach.Teacher(settings, train_set, train.live_teacher(settings, world), world)
+    teach.teach(asked, 512, world)
 
 
 def test_two_ranks_make_the_store_that_one_makes(folder, tmp_path):
@@ -161,6 +164,28 @@ def test_a_missing_shard_stops_the_run_at_its_start_or_is_asked_live(folder, tmp
         assert torch.equal(ours, theirs) is same
 
 
+def test_a_store_shorter_than_the_run_shows_its_views_again_when_asked_to(folder, tmp_path):
+    """Positions from 512 on are those from 0 on: samples, crops, erasing, mixing, answers; also after a resume."""
+    settings = config(f"store.folder={folder}", "run.images=1600", "store.images=512", "store.repeat=true")
+    made = train.parts(settings, World(), tmp_path)
+    stream = made.stream(0)
+    batches = [made.prepare(next(stream)) for _ in range(34)]
+    for later, earlier in ((16, 0), (17, 1), (33, 1)):
+        for name in ("image", "target", "teacher_logits"):
+            assert torch.equal(batches[later][name], batches[earlier][name])
+    assert not torch.equal(batches[1]["image"], batches[0]["image"])
+    assert made.reads(settings)(0, 33 * 32, 0) == made.reads(settings)(0, 32, 0) != made.reads(settings)(0, 64, 0)
+    resumed = made.prepare(next(made.stream(33 * 32)))
+    assert torch.equal(resumed["image"], batches[33]["image"])
+
+
+def test_repeating_needs_to_know_after_how_many_images(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"store\.repeat=true store\.images="):
+        train.parts(config(f"store.folder={folder}", "run.images=1600", "store.images=512"), World(), tmp_path)
+    with pytest.raises(ConfigError, match="after how many"):
+        config(f"store.folder={folder}", "store.repeat=true")
+
+
 def test_another_sample_at_a_position_is_noticed(folder, tmp_path):
     made = train.parts(config(f"store.folder={folder}"), World(), tmp_path)
     batch = next(made.stream(0))
@@ -185,9 +210,10 @@ def test_the_audit_finds_answers_that_are_not_the_teachers(folder, tmp_path, cap
 @pytest.mark.parametrize("top", [0, 3])
 def test_the_highest_scores_are_kept_and_the_rest_keeps_its_mass(top):
     logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)) * 3
-    cfg = store.StoreConfig(top=top)
-    arrays = {name: torch.from_numpy(array) for name, array in store.packed({"teacher_logits": logits}, cfg).items()}
-    found = store.unpacked(arrays, 12)["teacher_logits"]
+    cfg = answers.Answers(top=top)
+    packed = answers.packed({"teacher_logits": logits}, cfg, 5)
+    arrays = {name: torch.from_numpy(array) for name, array in packed.items()}
+    found = answers.unpacked(arrays, 12)["teacher_logits"]
     kept = logits.topk(top or 12).indices
     torch.testing.assert_close(found.gather(1, kept), logits.gather(1, kept), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.logsumexp(1), logits.logsumexp(1), rtol=1e-3, atol=2e-3)
@@ -196,10 +222,10 @@ def test_the_highest_scores_are_kept_and_the_rest_keeps_its_mass(top):
 
 def test_windows_come_back_in_their_order():
     tokens = torch.randn(2 * 4, 9, 6, generator=torch.Generator().manual_seed(0))
-    arrays = store.packed({"teacher_qkv": [tokens]}, store.StoreConfig(tokens="fp16"))
-    rows = {name: torch.from_numpy(store.per_image(array, 2)) for name, array in arrays.items()}
+    arrays = answers.packed({"teacher_qkv": [tokens]}, answers.Answers(tokens="fp16"), 2)
+    rows = {name: torch.from_numpy(array) for name, array in arrays.items()}
     assert rows["qkv0"].shape == (2, 4, 9, 6)
-    torch.testing.assert_close(store.unpacked(rows, 0)["teacher_qkv"][0], tokens, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(answers.unpacked(rows, 0)["teacher_qkv"][0], tokens, rtol=1e-3, atol=1e-3)
 
 
 def test_the_description_is_plain_and_names_what_counts(folder):
