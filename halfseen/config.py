@@ -225,8 +225,9 @@ class Optim:
         """Drops belong to schedule=steps, which has no other end."""
         steps = self.schedule == "steps"
         if steps != bool(self.drops):
-            reason, fix = f"go with {key}.schedule=steps, and it with them", f"{key}.schedule=steps {key}.drops=[700ep]"
-            raise ConfigError(f"{key}.drops", self.drops, reason, f"set both, {fix}, or neither")
+            reason = f"goes with {key}.schedule=steps, and neither without the other"
+            fix = f"set both, {key}.schedule=steps {key}.drops=[700ep], or neither"
+            raise ConfigError(f"{key}.drops", self.drops, reason, fix)
         if steps and self.min_lr:
             reason = f"means nothing where {key}.drop says how far the rate falls"
             raise ConfigError(f"{key}.min_lr", self.min_lr, reason, "leave it at 0")

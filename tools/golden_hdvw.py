@@ -14,7 +14,7 @@ from halfseen.models import ViT
 from halfseen.models.alternet import AttentionBlock
 from halfseen.models.convolutional import Attention2d, ConvAttention2d, LocalAttention
 
-from .golden import NOISE, Case, Check, Family, gradients, image_size, in_double, load, outputs, refuse_unknown
+from .golden import Case, Check, Family, gradients, image_size, in_double, load, outputs, refuse_unknown
 
 REPO = "xxxnell/how-do-vits-work"
 SHAPE = ("cls", "dim_in", "dim_out", "heads", "dim_head")
@@ -86,7 +86,7 @@ def block(case: Case) -> list[Check]:
     with torch.no_grad():
         out = attention_block(case).eval()(case.inputs["x"].permute(0, 2, 3, 1))
     actual = {"output_eval": out.permute(0, 3, 1, 2)} | training(in_double(case))
-    return outputs(case, actual, NOISE)
+    return outputs(case, actual)
 
 
 def training(case: Case) -> dict[str, Tensor]:
