@@ -21,7 +21,7 @@ from halfseen.distributed import World
 from halfseen.models.sizes import resolve
 from halfseen.models.trunks import section_of, trunk_of
 from halfseen.models.vit import grid_of
-from halfseen.recipes import load
+from halfseen.recipes import ANYWHERE, load
 from halfseen.weights import initialise
 
 from . import predictions
@@ -133,13 +133,15 @@ def named(path: Path, size: int, several: bool) -> Path:
 def config_of(run: Path, overrides: Sequence[str]) -> Finetune:
     """The config of what is evaluated, for predicting alone: no averages are kept, nothing is frozen in another type.
 
+    The engine is that of any machine, unless asked for: the one that trained may not be at hand.
+
     That of a distilled classifier is read as fine-tuning would have it: the sections that both stages have.
     """
     found = origin.require("run", run)
     refuse_pretraining(run, found.said)
     known = {part.name for part in fields(Finetune)} - {"stage", "stages"}
     shared = {name: value for name, value in found.said.items() if name in known}
-    config = load(Finetune, None, [*overrides, *PREDICTING], [shared])
+    config = load(Finetune, None, [*ANYWHERE, *overrides, *PREDICTING], [shared])
     config.run.folder = str(found.weights if run.is_dir() else run.parent)  # it may have moved since it was written
     return config
 

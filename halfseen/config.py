@@ -239,6 +239,16 @@ class Optim:
         return self.lr if self.lr is not None else (self.base_lr or 0.0) * global_batch / self.base_batch
 
 
+# Options of some engines alone; under another they must keep their defaults.
+OWN = {
+    "shard_size": ("fsdp",),
+    "gather": ("fsdp",),
+    "offload": ("fsdp", "deepspeed"),
+    "extra": ("deepspeed",),
+    "recompute_by": ("fairscale",),
+}
+
+
 @dataclass
 class Engine:
     """How the student is sharded, run and updated (see halfseen/engines)."""
@@ -248,6 +258,7 @@ class Engine:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     recompute: bool = False  # recompute each block in the backward instead of keeping its activations
     offload_activations: bool = False  # with recompute: each block's input waits in host memory for the backward
+    recompute_by: Literal["torch", "fairscale"] = "torch"  # fairscale: its checkpoint_wrapper; no shared weights
     compile: bool = False  # torch.compile each block
     shard_size: int = 0  # fsdp: ranks a shard group spans (HSDP); 0: all of them
     reshard: bool = True  # fsdp: free gathered weights between forward and backward
@@ -269,20 +280,27 @@ class Engine:
         duration(f"{key}.ema_ramp", self.ema_ramp)
         for name in ("shard_size", "skip_budget", "rollback_budget"):
             at_least(f"{key}.{name}", getattr(self, name), 0)
-        own = {"shard_size": ("fsdp",), "gather": ("fsdp",), "offload": ("fsdp", "deepspeed"), "extra": ("deepspeed",)}
-        for name, engines in own.items():
+        for name, engines in OWN.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and self.name not in engines:
                 reason = f"is an option of {' and '.join(engines)}, and would be ignored by {self.name}"
                 fix = f"use {key}.name={engines[0]}, or {key}.{name}={str(default).lower() or chr(39) * 2}"
                 raise ConfigError(f"{key}.{name}", value, reason, fix)
+        self._check_recompute(key)
+        if self.gather == "bf16" and self.precision != "bf16":
+            reason = f"weights in bf16 under {key}.precision={self.precision} would only lose digits"
+            raise ConfigError(f"{key}.gather", self.gather, reason, f"use {key}.precision=bf16, or {key}.gather=fp32")
+
+    def _check_recompute(self, key: str) -> None:
+        """What recomputation goes with."""
         if self.offload_activations and (self.compile or not self.recompute):
             reason = "is about recomputed blocks, and not tested with compiled ones"
             fix = f"use {key}.recompute=true {key}.compile=false"
             raise ConfigError(f"{key}.offload_activations", True, reason, fix)
-        if self.gather == "bf16" and self.precision != "bf16":
-            reason = f"weights in bf16 under {key}.precision={self.precision} would only lose digits"
-            raise ConfigError(f"{key}.gather", self.gather, reason, f"use {key}.precision=bf16, or {key}.gather=fp32")
+        if self.recompute_by != "torch" and (self.compile or not self.recompute):
+            reason = "says how blocks are recomputed, and cannot be compiled"
+            fix = f"use {key}.recompute=true {key}.compile=false, or {key}.recompute_by=torch"
+            raise ConfigError(f"{key}.recompute_by", self.recompute_by, reason, fix)
 
     def ema_decay(self, position: int) -> float:
         """The averages' decay in the update that starts at a position."""

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from halfseen.config import Alarm, ConfigError, Source, sections
+from halfseen.config import OWN, Alarm, ConfigError, Engine, Source, sections
 
 Config = TypeVar("Config")
 
@@ -27,6 +27,13 @@ def recipe_root() -> Path:
     """The folder of the recipes that ship with the package."""
     return Path(str(resources.files("halfseen.configs")))
 
+
+# What makes of a stored config one that runs on any machine: its engine may not be at hand, or not fit so few devices.
+ANYWHERE = (
+    "engine.name=auto",
+    "engine.compile=false",
+    *(f"engine.{name}={str(getattr(Engine(), name)).lower()}" for name in OWN),
+)
 
 # Bundled files that fill one section, for the ``base:`` of recipes: they are no runs.
 BASES = ("data/", "engine/")

@@ -31,6 +31,7 @@ FREE = (
     "engine.device",
     "engine.recompute",
     "engine.offload_activations",
+    "engine.recompute_by",
     "engine.compile",
     "engine.shard_size",
     "engine.reshard",

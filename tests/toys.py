@@ -53,9 +53,16 @@ class Student(nn.Module):
     """Three blocks used four times: the second twice in a row, the third tied to the first by a weight."""
 
     def __init__(
-        self, *, frozen: bool = False, dropout: float = 0.0, tied: bool = True, batch_norm: bool = False
+        self,
+        *,
+        frozen: bool = False,
+        dropout: float = 0.0,
+        tied: bool = True,
+        twice: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.calls = ((0, 0), (1, 0), (1, 1), (2, 0)) if twice else ((0, 0), (1, 0), (2, 0))
         self.embed = nn.Linear(8, WIDTH)
         self.statistics = nn.BatchNorm1d(WIDTH) if batch_norm else nn.Identity()
         self.layers = nn.ModuleList([Block(dropout) for _ in range(3)])
@@ -76,7 +83,7 @@ class Student(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         x = self.statistics(self.embed(batch["image"])) + self.offset
-        for block, repetition in ((0, 0), (1, 0), (1, 1), (2, 0)):
+        for block, repetition in self.calls:
             x = self.layers[block](x, repetition)
         logits = self.head(x)
         if batch.get("task") == "predict":

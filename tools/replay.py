@@ -13,7 +13,7 @@ from halfseen.checkpoint import Checkpoints
 from halfseen.checkpoint.folder import read_manifest
 from halfseen.config import ConfigError
 from halfseen.distributed import World
-from halfseen.recipes import load
+from halfseen.recipes import ANYWHERE, load
 
 SHOWN = 16  # samples listed
 
@@ -50,8 +50,8 @@ def open_stage(path: Path, content: dict[str, Any], overrides: Sequence[str]) ->
         module = importlib.import_module(f"halfseen.{name}.train")
     except ModuleNotFoundError as error:
         raise ConfigError("stage", name, f"in {stored} is not known here", "use the version that wrote it") from error
-    # Compiled blocks would hide their modules, and any engine takes the same step.
-    plain = ["engine.name=auto", "engine.compile=false", f"run.micro_batch={content['micro_batch']}"]
+    # Compiled blocks would hide their modules, and any engine takes the same step (but for engine.gather=bf16).
+    plain = [*ANYWHERE, f"run.micro_batch={content['micro_batch']}"]
     return module, load(module.SCHEMA, stored, [*plain, *overrides, f"run.folder={run}"])
 
 

@@ -13,7 +13,7 @@ from halfseen.data.hashing import mix, purpose
 from halfseen.distributed import World
 
 from .parts import fill, local_part, whole
-from .recompute import STATISTICS, offloaded, recomputed, refuse_statistics
+from .recompute import STATISTICS, recompute
 from .student import aliases, blocks_of, refuse_precision, synchronise_batch_norm
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,11 +56,11 @@ class Engine:
         names = [name for name, _ in self.student.named_parameters()]
         saved = self.student.state_dict(keep_vars=True).keys()
         self._buffers = {name: name in saved for name, _ in self.student.named_buffers()}
-        for block in blocks_of(self.student):
-            if cfg.recompute:
-                refuse_statistics(block)
-                block.forward = (offloaded if cfg.offload_activations else recomputed)(block.forward)
-            if cfg.compile:
+        blocks = blocks_of(self.student)
+        if cfg.recompute:
+            recompute(self.student, blocks, cfg)
+        if cfg.compile:
+            for block in blocks:
                 block.compile()
         self._batch_norms = [module for module in self.student.modules() if isinstance(module, STATISTICS)]
         self.module = self.place(self.student)

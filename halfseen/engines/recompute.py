@@ -1,6 +1,6 @@
-"""Activation recomputation, block by block, without re-entering the backward."""
+"""Activation recomputation, block by block; without re-entering the backward, unless FairScale is to do it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from halfseen import config
 from halfseen.config import ConfigError
 from halfseen.models.powernorm import PowerNorm
 
 STATISTICS = (_BatchNorm, PowerNorm)  # norms that a forward in training changes
+
+
+def recompute(student: nn.Module, blocks: Sequence[nn.Module], cfg: config.Engine) -> None:
+    """Make every block of a student recompute, in place, as ``cfg`` says; ConfigError for blocks that cannot."""
+    for block in blocks:
+        refuse_statistics(block)
+    if cfg.recompute_by == "fairscale":
+        from .fairscale_checkpoint import reenter
+
+        reenter(student, blocks, cfg.offload_activations)
+        return
+    for block in blocks:
+        block.forward = (offloaded if cfg.offload_activations else recomputed)(block.forward)
 
 
 def refuse_statistics(block: nn.Module) -> None:
@@ -39,8 +53,7 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``recomputed``, whose first argument, the tokens, waits in host memory meanwhile.
 
-    In place of FairScale's checkpoint_wrapper, which re-enters the backward (wrong where blocks share weights) and
-    recomputes under autocast in fp16 whatever the forward had.
+    Under every engine and with shared weights, which FairScale's offload_to_cpu is not: see fairscale_checkpoint.py.
     """
 
     def run(x: Tensor, *arguments: Any, **options: Any) -> Any:

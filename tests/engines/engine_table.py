@@ -25,8 +25,9 @@ HEAD = """# Engines: what is tested
 Made from the tests by `python tests/engines/engine_table.py`; do not edit. A number is the number of CPU (gloo)
 ranks on which six steps were compared with one process: losses and gradient norms within 1e-6 relative in fp32,
 2e-2 under bf16 and fp16 autocast, with two micro-batches per update (one on four ranks, or as the column says),
-clipping, layer-wise rates, a block used twice and a tied weight. Compiled blocks ran on torch's `aot_eager` backend.
-"refused" is an error at start; an empty cell was not tested and is not claimed. Nothing here ran on a GPU.
+clipping, layer-wise rates, a block used twice and a tied weight (recomputed by FairScale: without these two).
+Compiled blocks ran on torch's `aot_eager` backend. "refused" is an error at start; an empty cell was not tested and is
+not claimed. Nothing here ran on a GPU.
 
 """
 
@@ -36,8 +37,8 @@ TAIL = """
 
 `engine.fairscale=full` needs CUDA and was not yet run on a GPU. Its logic was compared with one process on two and
 three CPU ranks on which CUDA's streams were replaced by nothing (`tests/engines/test_fairscale_fsdp.py`): fp32,
-bf16 autocast, averages, recomputation, frozen and tied weights, and a checkpoint of another engine. On a CPU it is
-refused; `engine.name=fsdp` does the same.
+bf16 autocast, averages, recomputation (FairScale's own too), frozen and tied weights, and a checkpoint of another
+engine. On a CPU it is refused; `engine.name=fsdp` does the same.
 
 ## Blocks that share weights
 
@@ -52,13 +53,16 @@ a shared weight are summed in fp32.
 
 `engine.recompute` recomputes block by block, without re-entering the backward; compiled blocks too. With
 `engine.offload_activations` each block's input waits in pinned host memory meanwhile; on a CPU, where it was tested,
-nothing has to be copied. It is the same under every engine, FairScale's too.
+nothing has to be copied. It is the same under every engine.
 
-FairScale's own `checkpoint_wrapper(block, offload_to_cpu=True)` is not offered. It re-enters the backward, so under DDP
-(and FairScale's OSS) a block that is used twice, or shares a weight with another, stops with "mark a variable ready
-only once"; and it knows autocast as it was before bf16: what was computed in bf16 it recomputes in fp32 on a CPU, and
-by its source in fp16 on a GPU (`tests/engines/test_promises.py` holds what a CPU can show). Where it is right, fp32 and
-no shared weights, it gives what `engine.recompute=true engine.offload_activations=true` gives: use that.
+`engine.recompute_by=fairscale`, under `engine.name=fairscale` alone, has FairScale's `checkpoint_wrapper` do it, with
+`offload_to_cpu` where `engine.offload_activations` is on. It re-enters the backward: each block has a backward of its
+own, in which a weight that two blocks share would be ready twice. Such weights are refused at start, a block that is
+called twice in the first step (an objective that runs its encoder twice is one); a group of `model.share` is one block
+and runs. Two faults of the wrapper are mended around it: it passes gradients through tensors that are arguments
+themselves and loses those inside of other objects, and what was computed in bf16 it recomputes in fp32 on a CPU, and by
+its source in fp16 on a GPU (`tests/engines/test_fairscale_checkpoint.py`). Nothing is gained over
+`engine.recompute_by=torch`, which has no such limits: it is there for who compares the two.
 
 ## FSDP2: what travels
 

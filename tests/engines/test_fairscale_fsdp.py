@@ -17,6 +17,12 @@ VARIANTS = {
     "average, recompute": {"ema": 0.8, "recompute": True},
     "frozen": {"student": {"frozen": True}, "ema": 0.8},
     "untied": {"student": {"tied": False}, "optimizer": {"clip": None}},
+    "recompute by FairScale": {
+        "student": {"tied": False, "twice": False},
+        "recompute": True,
+        "recompute_by": "fairscale",
+        "offload_activations": True,
+    },
     "bf16": {"precision": "bf16"},
 }
 
@@ -75,7 +81,9 @@ def curves(world, variants):
     full = {"name": "fairscale", "fairscale": "full"} if world.group else {"name": "single"}
     found = {}
     for variant in variants:
-        own = VARIANTS[variant]
+        own = dict(VARIANTS[variant])
+        if not world.group:
+            own.pop("recompute_by", None)
         engine = make(world, **full, **own)
         history = steps(engine, world, STEPS)
         averages = engine.weights(ema=True) if own.get("ema") else {}

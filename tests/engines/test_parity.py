@@ -14,8 +14,17 @@ from halfseen.distributed import World
 
 STEPS = 6
 
-# Every variant accumulates over two micro-batches where it does not say otherwise, clips, has layer-wise rates, a block
-# used twice, a weight tied between two blocks, and buffers.
+# FairScale's checkpoint_wrapper is refused where blocks share a weight, or one is used twice.
+UNSHARED = {"tied": False, "twice": False}
+FAIRSCALES = {
+    "student": UNSHARED,
+    "recompute": True,
+    "recompute_by": "fairscale",
+    "offload_activations": True,
+}
+
+# Every variant accumulates over two micro-batches where it does not say otherwise, clips, has layer-wise rates and
+# buffers, and but for FairScale's a block used twice and a weight tied between two blocks.
 VARIANTS = {
     "plain": {},
     "accumulation 1": {"accumulation": 1},
@@ -24,6 +33,9 @@ VARIANTS = {
     "frozen": {"student": {"frozen": True}, "ema": 0.8},
     "frozen, recompute": {"student": {"frozen": True}, "recompute": True},
     "recompute, inputs on the host": {"recompute": True, "offload_activations": True},
+    "recompute by FairScale": FAIRSCALES,
+    "recompute by FairScale, frozen": FAIRSCALES | {"student": UNSHARED | {"frozen": True}},
+    "recompute by FairScale, bf16": FAIRSCALES | {"precision": "bf16"},
     "compile": {"compile": True},
     "compile, recompute": {"compile": True, "recompute": True},
     "untied, no clip": {"student": {"tied": False}, "optimizer": {"clip": None}},
@@ -36,9 +48,10 @@ VARIANTS = {
     "bf16 gathered": {"precision": "bf16", "gather": "bf16"},
     "fp16": {"precision": "fp16"},
 }
-HALF = ("bf16", "bf16 gathered", "fp16")
-SHARDING = ("offload", "gather", "reshard", "compile")  # options that the reference does without
-FEW = ("plain", "average, recompute", "frozen", "lamb", "bf16")  # with more than two ranks
+BY_FAIRSCALE = tuple(name for name in VARIANTS if name.startswith("recompute by"))
+HALF = ("bf16", "recompute by FairScale, bf16", "bf16 gathered", "fp16")
+SHARDING = ("offload", "gather", "reshard", "compile", "recompute_by")  # options that the reference does without
+FEW = ("plain", "average, recompute", "recompute by FairScale", "frozen", "lamb", "bf16")  # with more than two ranks
 TORCH = [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)]
 ZERO = [("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("zero3-kept", 2)]
 FAIRSCALE = [("oss", 2), ("sharded", 2), ("sharded", 3)]
@@ -47,6 +60,7 @@ REFUSED = (
     {(f"zero{stage}", name) for stage in (1, 2, 3) for name in ("lamb", "lars")}
     | {("zero3", "compile"), ("zero3", "compile, recompute")}
     | {(name, "offload") for name in ("ddp", "zero0", "oss", "sharded")}
+    | {(name, way) for name in ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3") for way in BY_FAIRSCALE}
     | {(name, "bf16 gathered") for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "oss", "sharded")}
 )
 
@@ -63,7 +77,7 @@ def applies(place, variant):
         "recompute, inputs on the host": ("ddp", "fsdp", "zero3", "sharded"),
         "compile": ("ddp", "fsdp"),
         "compile, recompute": ("ddp", "fsdp", "zero2", "sharded"),
-    }
+    } | dict.fromkeys(BY_FAIRSCALE, ("oss", "sharded"))
     if variant in only:
         return name in only[variant]
     return name != "zero3-kept" or variant in FEW

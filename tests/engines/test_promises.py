@@ -209,39 +209,6 @@ def test_a_tied_weight_stays_one_weight_and_gets_the_sum_of_its_gradients(name):
     torch.testing.assert_close(weight, reference.weights()["layers.0.grow.weight"], rtol=1e-5, atol=1e-6)
 
 
-def wrapped(world):
-    """The toy, of which a block is used twice, recomputed by FairScale's checkpoint_wrapper."""
-    from fairscale.nn.checkpoint import checkpoint_wrapper
-
-    torch.manual_seed(1)
-    student = Student()
-    for block in student.blocks():
-        checkpoint_wrapper(block, offload_to_cpu=True)
-    chosen = config.Optim()
-    engine = engines.create(config.Engine(**NAMED["oss"]), student, chosen, optim.groups(student, chosen), world, 5)
-    with pytest.raises(RuntimeError, match="mark a variable ready only once"):
-        steps(engine, world, 1)
-    return True
-
-
-def test_fairscales_checkpoint_wrapper_cannot_share_weights():
-    """Why engine.recompute and engine.offload_activations do without it, first reason: it re-enters the backward."""
-    assert ranks.run(wrapped, 2) == [True, True]
-
-
-def test_fairscales_checkpoint_wrapper_recomputes_in_another_type():
-    """Second reason: it knows autocast as it was before bf16."""
-    from fairscale.nn.checkpoint import checkpoint_wrapper
-
-    seen = []
-    layer = torch.nn.Linear(2, 2)
-    layer.register_forward_hook(lambda module, given, result: seen.append(result.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        result = checkpoint_wrapper(torch.nn.Sequential(layer))(torch.ones(1, 2, requires_grad=True))
-    result.float().sum().backward()
-    assert seen == [torch.bfloat16, torch.float32]
-
-
 def uneven(world):
     """A state whose parameters have taken different numbers of steps."""
     engine = make(world, "zero2")

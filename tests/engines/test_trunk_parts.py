@@ -59,9 +59,18 @@ def expected():
     return curves(World(), {"name": "single"})
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3", "sharded"])
-def test_parts_of_the_trunk_train_as_in_one_process(engine, expected):
-    found = ranks.run(curves, 2, NAMED.get(engine, {"name": engine}) | {"recompute": engine != "ddp"})[0]
+PLACES = {
+    "ddp": {"name": "ddp"},
+    "fsdp": {"name": "fsdp", "recompute": True},
+    "zero3": NAMED["zero3"] | {"recompute": True},
+    "sharded": NAMED["sharded"] | {"recompute": True},
+    "by FairScale": NAMED["sharded"] | {"recompute": True, "recompute_by": "fairscale", "offload_activations": True},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_parts_of_the_trunk_train_as_in_one_process(place, expected):
+    found = ranks.run(curves, 2, PLACES[place])[0]
     for name, history in expected.items():
         for ours, theirs in zip(found[name], history, strict=True):
             assert ours == pytest.approx(theirs, rel=5e-6), name
