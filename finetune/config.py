@@ -4,18 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from halfseen.classification import Task
-from halfseen.config import (
-    Augment,
-    ConfigError,
-    Data,
-    Engine,
-    Model,
-    Monitor,
-    Optim,
-    Run,
-)
+from halfseen.config import Augment, ConfigError, Data, Model, Monitor, Optim, Run
+from halfseen.engine_config import Engine
 from halfseen.models.alternet import AlterNetConfig
 from halfseen.models.hierarchical import TimmConfig
+from halfseen.models.pyramid import PyramidConfig
 from halfseen.models.swin import SwinConfig
 from halfseen.models.trainable import check_trainable
 from halfseen.models.trunks import Kind
@@ -33,6 +26,7 @@ class Finetune:
     swin: SwinConfig = field(default_factory=SwinConfig)
     timm: TimmConfig = field(default_factory=TimmConfig)
     alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     data: Data = field(default_factory=Data)
     augment: Augment = field(
         default_factory=lambda: Augment(

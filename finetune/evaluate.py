@@ -18,10 +18,11 @@ from halfseen.classification.evaluation import Normalise, Result, confusion_pict
 from halfseen.classification.gallery import Gallery
 from halfseen.config import ConfigError, Model, positive
 from halfseen.distributed import World
+from halfseen.engine_config import ANYWHERE
 from halfseen.models.sizes import resolve
 from halfseen.models.trunks import section_of, trunk_of
 from halfseen.models.vit import grid_of
-from halfseen.recipes import ANYWHERE, load
+from halfseen.recipes import load
 from halfseen.weights import initialise
 
 from . import predictions

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfseen import data, distributed, engines, optim, origin, stage
+from halfseen import data, distributed, engines, opening, optim, origin, stage
 from halfseen.classification import knn
 from halfseen.classification.evaluation import Normalise, Score, Share, in_step, open_val
 from halfseen.config import ConfigError
@@ -25,6 +24,7 @@ from halfseen.models.norm import BatchNorm
 from halfseen.models.trunks import Trunk, trunk_of
 from halfseen.monitor import Monitor
 from halfseen.recipes import load
+from halfseen.writing import write_whole
 
 from .probe_config import Heads, Probe
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     config = config_of(arguments.kind, arguments.weights, arguments.overrides)
     if arguments.kind == "knn":
         return neighbours(config, arguments)
-    opened = stage.open_config(SCHEMA, config)
+    opened = opening.open_config(SCHEMA, config)
     with distributed.started(config.engine.device) as world:
         made = parts(config, world, opened.folder)
         stage.announce(config, opened.folder, made, world)
@@ -226,9 +226,7 @@ class Evaluations:
         values = {f"val/top1_{rate:g}": result.top1 for rate, result in found.items()}
         values |= {"val/top1": found[best].top1, "val/top5": found[best].top5}
         if self.world.main:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps({"position": position, "best_rate": best, **values}, indent=1) + "\n")
-            os.replace(partial, self.path)
+            write_whole(self.path, json.dumps({"position": position, "best_rate": best, **values}, indent=1) + "\n")
         return values
 
 
@@ -254,7 +252,7 @@ def neighbours(config: Probe, arguments: argparse.Namespace) -> int:
 
 
 def seen(config: Probe, which: str, batch: int, engine: Engine, world: World) -> tuple[Tensor, Tensor]:
-    """Features and labels of the training or evaluation set. Collective."""
+    """Unit features float32 [n, D] and labels int64 [n] of the whole training or evaluation set. Collective."""
     batches = data.evaluation_batches(
         data.open_set(config.data, which),
         config.data,

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, positive
+from halfseen.config import Augment, ConfigError, Data, Model, Monitor, Optim, Run, positive
+from halfseen.engine_config import Engine
 from halfseen.models.alternet import AlterNetConfig
 from halfseen.models.hierarchical import TimmConfig
+from halfseen.models.pyramid import PyramidConfig
 from halfseen.models.swin import SwinConfig
 from halfseen.models.trunks import Kind
 
@@ -38,6 +40,7 @@ class Probe:
     swin: SwinConfig = field(default_factory=SwinConfig)
     timm: TimmConfig = field(default_factory=TimmConfig)
     alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=lambda: Augment(crop_scale=(0.08, 1.0)))
     probe: Heads = field(default_factory=Heads)
@@ -59,6 +62,5 @@ class Probe:
         classed = self.trunk == "vit" and self.model.class_token
         if self.probe.kind == "linear" and self.probe.pool == "class" and not classed:
             raise ConfigError("probe.pool", "class", "the trunk has no such token", "probe.pool=mean")
-        given = self.augment
-        if given.mixup or given.cutmix or given.erase or given.randaugment:
-            raise ConfigError("augment", "mixup", "a probe only crops and flips", "set mixup, cutmix, erase to 0")
+        others = ("mixup", "cutmix", "erase", "randaugment", "jitter", "three_augment", "simple_crop")
+        self.augment.refuse(others, "a probe only crops and flips")

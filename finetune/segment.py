@@ -1,7 +1,6 @@
 """Semantic segmentation: a small head on the trunk, trained over pictures with masks, judged by mean IoU."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfseen import data, distributed, selection, stage
+from halfseen import data, distributed, opening, selection, stage
 from halfseen.classification.evaluation import Share, in_step
 from halfseen.config import ConfigError
 from halfseen.data.pairs import NOTHING, JointCrop, Pairs, ShortSide
@@ -21,6 +20,7 @@ from halfseen.engines import Engine
 from halfseen.models import ViT
 from halfseen.monitor import Monitor
 from halfseen.optim import trunk_layers
+from halfseen.writing import write_whole
 
 from .segment_config import Pixels, Segment
 
@@ -29,7 +29,7 @@ SCHEMA = Segment
 
 def main(argv: Sequence[str]) -> int:
     """``halfseen segment RECIPE_OR_RUN key=value ...``; returns the exit code."""
-    opened = stage.open_run(SCHEMA, argv)
+    opened = opening.open_run(SCHEMA, argv)
     config, folder = opened.config, opened.folder
     with distributed.started(config.engine.device) as world:
         made = parts(config, world, folder)
@@ -98,10 +98,8 @@ class Segmenter(nn.Module):
         return tokens[:, self.encoder.prefix :].unflatten(1, self.encoder.grid)
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """What is frozen stays as it is, as in the classifier."""
+        """What is frozen stays as it is (see selection.still)."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            self.encoder.eval()
         selection.still(self)
         return self
 
@@ -172,16 +170,17 @@ class Prepare:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Adds target int64 [B, S, S]; raises ConfigError for a class beyond data.classes."""
-        mask = batch["view"][:, 0].long()
-        if self.config.pixels.zero_is_nothing:
-            mask = torch.where((mask == 0) | (mask == NOTHING), NOTHING, mask - 1)
-        wrong = mask[(mask >= self.config.data.classes) & (mask != NOTHING)]
+        mask, classes, from_one = batch["view"][:, 0], self.config.data.classes, self.config.pixels.zero_is_nothing
+        wrong = mask[(mask >= min(classes + from_one, NOTHING)) & (mask != NOTHING)]
         if len(wrong):
-            classes = self.config.data.classes
             raise ConfigError("data.classes", classes, f"a mask holds {wrong[0].item()}", "count the classes")
+        # As the loader made it: bytes, and in pinned memory beside a GPU.
+        target = mask.to(self.device, non_blocking=True).long()
+        if from_one:
+            target = torch.where((target == 0) | (target == NOTHING), NOTHING, target - 1)
         image = batch["image"].to(self.device, non_blocking=True)
         image = normalise(image, self.config.augment.mean, self.config.augment.std)
-        return {"image": image, "target": mask.to(self.device, non_blocking=True)}
+        return {"image": image, "target": target}
 
 
 # ------------------------------------------------------------------------------------------------ mean IoU
@@ -223,9 +222,7 @@ class Evaluations:
         monitor.note(f"evaluated {position:,} images: {shown}")
         if self.world.main:
             iou = [None if value != value else value for value in result.iou.tolist()]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps({"position": position, **values, "iou": iou}, indent=1) + "\n")
-            os.replace(partial, self.path)
+            write_whole(self.path, json.dumps({"position": position, **values, "iou": iou}, indent=1) + "\n")
         return values
 
     def evaluate(self, engine: Engine) -> Overlap:

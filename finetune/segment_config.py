@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from halfseen import selection
-from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, between, positive
+from halfseen.config import Augment, ConfigError, Data, Model, Monitor, Optim, Run, between, positive
+from halfseen.engine_config import Engine
 
 
 @dataclass
@@ -53,6 +54,5 @@ class Segment:
             raise ConfigError("data.classes", self.data.classes, "masks hold 2 to 254 classes", "e.g. 150")
         if self.data.label in ("none", "folder", "cls"):
             raise ConfigError("data.label", self.data.label, "names no mask", "the mask's extension, e.g. seg.png")
-        given = self.augment
-        if given.mixup or given.cutmix or given.erase or given.randaugment or given.jitter:
-            raise ConfigError("augment", "mixup", "pixels are only scaled, cropped and flipped", "set the others to 0")
+        others = ("mixup", "cutmix", "erase", "randaugment", "jitter", "three_augment", "simple_crop")
+        self.augment.refuse(others, "pixels are only scaled, cropped and flipped")

@@ -10,7 +10,6 @@ over what a stage says; ``stages.NAME.section.option=value`` counts for one.
 
 import gc
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from halfseen import delta, stage
+from halfseen import delta, opening
 from halfseen.checkpoint import read_weights
 from halfseen.classification.evaluation import BEST
 from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.loop import Outcome
 from halfseen.recipes import load, to_yaml
+from halfseen.writing import write_whole
 
 from .config import Finetune
 
@@ -146,20 +146,20 @@ def follow(mine: Finetune, before: Finetune, init: str) -> None:
 
 
 def run(
-    opened: stage.Opened[Finetune],
+    opened: opening.Opened[Finetune],
     planned: Sequence[Planned],
     world: World,
-    train: Callable[[stage.Opened[Finetune], World], Outcome],
+    train: Callable[[opening.Opened[Finetune], World], Outcome],
 ) -> Outcome:
     """Run what is not finished yet. Collective; a signal ends it, and the same command goes on in that stage."""
     folder, outcome = opened.folder, Outcome(0)
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / "config.yaml", to_yaml(opened.config))
+        write_whole(folder / "config.yaml", to_yaml(opened.config))
     world.barrier()
     for number, item in enumerate(planned):
         done = finished(folder)
-        mine = stage.open_config(Finetune, item.config)
+        mine = opening.open_config(Finetune, item.config)
         head = f"stage     {number + 1} of {len(planned)}, {item.name}"
         if item.name in done:
             if world.main:
@@ -201,11 +201,4 @@ def finish(folder: Path, item: Planned, outcome: Outcome) -> None:
         row["delta_bytes"] = (item.folder / ARTEFACT).stat().st_size
         share = row["delta_bytes"] / sum(value.numel() * value.element_size() for value in base.values())
         print(f"delta     {item.folder / ARTEFACT}: {row['delta_bytes']:,} bytes, {share:.1%} of what it started from")
-    replace(folder / SUMMARY, json.dumps(finished(folder) | {item.name: row}, indent=1) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file in one move."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_whole(folder / SUMMARY, json.dumps(finished(folder) | {item.name: row}, indent=1) + "\n")

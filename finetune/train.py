@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfseen import data, distributed, selection, stage
+from halfseen import data, distributed, opening, selection, stage
 from halfseen.classification import Classifier
 from halfseen.classification.evaluation import Evaluations
 from halfseen.classification.prepare import Prepare
@@ -22,14 +22,14 @@ TRAINED = "trained.json"  # in the run folder: names, counts and bytes of what t
 def main(argv: Sequence[str]) -> int:
     """``halfseen finetune RECIPE_OR_RUN key=value ...``; returns the exit code."""
     plain, own = stages.split(argv)
-    opened = stage.open_run(SCHEMA, plain)
+    opened = opening.open_run(SCHEMA, plain)
     planned = stages.plan(opened.config, opened.folder, plain[1:], own)
     with distributed.started(opened.config.engine.device) as world:
         outcome = stages.run(opened, planned, world, train) if planned else train(opened, world)
     return stage.exit_code(outcome)
 
 
-def train(opened: stage.Opened[Finetune], world: World) -> Outcome:
+def train(opened: opening.Opened[Finetune], world: World) -> Outcome:
     """One stage in one folder: train, evaluate, save."""
     config, folder = opened.config, opened.folder
     made = parts(config, world, folder)

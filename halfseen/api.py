@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from halfseen import delta, origin
@@ -22,7 +22,8 @@ from halfseen.checkpoint import read_weights
 from halfseen.checkpoint.read import WEIGHT_FILES
 from halfseen.classification import Classifier, Task
 from halfseen.config import Augment, ConfigError, Data, Model
-from halfseen.data.decode import decode
+from halfseen.data.decode import decode, to_rgb
+from halfseen.data.reader import BadSample
 from halfseen.data.transforms import evaluation_transform, normalise
 from halfseen.layouts import detect
 from halfseen.models import ViT
@@ -82,8 +83,17 @@ class Backbone(nn.Module):
         return tokens[:, self.encoder.prefix :].mean(1)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the final norm, [B, prefix + N, D]."""
-        return self.encoder(images)
+        """All tokens after the final norm, [B, prefix + N, D]. ValueError for images of another size or type."""
+        return self.encoder(self._checked(images))
+
+    def _checked(self, images: Tensor) -> Tensor:
+        height, width = self.image_size
+        if images.is_floating_point() and images.ndim == 4 and images.shape[1:] == (3, height, width):
+            return images
+        raise ValueError(
+            f"images are float [B, 3, {height}, {width}] as transforms_for(model) makes them, not {images.dtype} "
+            f"{tuple(images.shape)}; load(..., image_size=(height, width)) makes a model for another size"
+        )
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to class scores [B, K]; with pre_logits, and without a head, to features [B, D]."""
@@ -97,7 +107,7 @@ class Backbone(nn.Module):
         if wrong := [index for index in indices if not -depth <= index < depth]:
             raise ValueError(f"there are no blocks {wrong}, only 0 to {depth - 1}")
         blocks = [index % depth for index in indices]
-        layers = self.encoder.trace(images, layers=set(blocks)).layers
+        layers = self.encoder.trace(self._checked(images), layers=set(blocks)).layers
         shape = self.encoder.grid
         return [layers[block][:, self.encoder.prefix :].transpose(1, 2).unflatten(2, shape) for block in blocks]
 
@@ -120,7 +130,11 @@ def load(
     """
     path = Path(source)
     if recipe is None and not path.is_dir() and path.suffix not in WEIGHT_FILES:
-        return build(describe(read_yaml(find_recipe(str(source)))), None, image_size).to(device).eval()
+        try:
+            named = find_recipe(str(source))
+        except ConfigError as refused:
+            raise ConfigError("source", str(source), "is no run, weight file or recipe", refused.fix) from None
+        return build(describe(read_yaml(named)), None, image_size).to(device).eval()
     weights = read_weights(path, part)
     if change is not None:
         said, weights = origin.require("change", Path(change)).said, delta.apply(weights, Path(change))
@@ -154,7 +168,8 @@ class Holder(nn.Module):
 def transforms_for(model: Backbone) -> Callable[[Picture], Tensor]:
     """How a model wants its images: a function from a picture to float [3, H, W], centre-cropped and normalised.
 
-    A picture is a path, encoded bytes, a PIL image, or uint8 pixels: a tensor [3, H, W] or an array [H, W, 3].
+    A picture is a path, encoded bytes, a PIL image, or uint8 pixels: a tensor [3, H, W] or an array [H, W, 3]. The
+    function raises ValueError for what is no picture.
     """
     crop, augment = evaluation_transform(model.image_size), model.described.augment
 
@@ -169,16 +184,25 @@ def transforms_for(model: Backbone) -> Callable[[Picture], Tensor]:
 def pixels(picture: Picture) -> Tensor:
     """Any picture as uint8 [3, H, W]."""
     if isinstance(picture, (str, Path)):
-        picture = Path(picture).read_bytes()
+        return decoded(Path(picture).read_bytes(), str(picture))
     if isinstance(picture, bytes):
-        return decode(picture)
-    if isinstance(picture, Image.Image):
-        picture = np.array(picture.convert("RGB"))
+        return decoded(picture, "these bytes")
+    if isinstance(picture, Image.Image):  # as the same picture in a file: upright, transparent parts on white
+        picture = np.array(to_rgb(ImageOps.exif_transpose(picture)))
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(picture).permute(2, 0, 1)
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+        picture = picture.permute(2, 0, 1) if picture.ndim == 3 else picture
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(f"a picture is uint8 [3, H, W], not {picture.dtype} {tuple(picture.shape)}")
     return picture
+
+
+def decoded(data: bytes, name: str) -> Tensor:
+    """An encoded picture as uint8 [3, H, W]; ValueError with its name if it is none."""
+    try:
+        return decode(data)
+    except BadSample as bad:
+        raise ValueError(f"{name}: {bad.reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------ what a run says

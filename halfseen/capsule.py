@@ -1,7 +1,6 @@
 """Capsules: enough to run a step again whose numbers were not finite, and to find the culprit."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,9 +12,12 @@ from torch import Tensor, nn
 
 import halfseen
 from halfseen.checkpoint import Checkpoints
-from halfseen.config import Batches, ConfigError
+from halfseen.checkpoint.read import find_checkpoint
+from halfseen.config import ConfigError
+from halfseen.derived import Batches
 from halfseen.engines import Engine
 from halfseen.optim import Schedule
+from halfseen.writing import write_whole
 
 FORMAT = 1
 
@@ -63,9 +65,7 @@ def write(
             "config": "config.yaml",
             "seen": [part for part in seen if part],  # rank by rank, with the weights the run stopped with
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
     checkpoints.world.barrier()
     return path
 
@@ -123,7 +123,7 @@ def replay(
     """Run the capsule's step again, from its checkpoint, and say where the first wrong number arose.
 
     engine: freshly made from the run's config, best with engine.compile=false (compiled blocks hide their
-    modules). The rest as given to loop.train; the world size may differ.
+    modules). The rest as given to loop.train; the world size may differ. ConfigError if the checkpoint is damaged.
     """
     content = read(path)
     for key, ours in (("global_batch", plan.total), ("seed", engine.seed)):
@@ -132,7 +132,8 @@ def replay(
     position = 0
     if content["checkpoint"]:
         state = engine.state()
-        position = int(checkpoints.load(path.parents[1] / content["checkpoint"], state)["position"])
+        healthy = find_checkpoint(path.parents[1] / content["checkpoint"])
+        position = int(checkpoints.load(healthy, state)["position"])
         engine.load_state(state)
     data = batches(position)
     while position < content["position"]:

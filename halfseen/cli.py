@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,10 +38,26 @@ COMMANDS = {
 }
 
 
+# The order in which ``halfseen --help`` lists them.
+GROUPS = {
+    "start here": ("demo", "recipes", "shards"),
+    "train": ("pretrain", "finetune", "distill", "teach", "segment"),
+    "measure and look": ("evaluate", "probe", "reconstruct", "attention", "inspect", "replay"),
+    "weights": ("export", "convert", "delta", "multiplex"),
+    "jobs on Slurm, or here": ("launch", "status", "stop", "logs", "board"),
+    "this code": ("conformance", "bench"),
+}
+
+
+INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
+
+
 def usage() -> str:
     """The text of ``halfseen --help``."""
-    lines = [f"  {name:<12} {what}" for name, (_, what) in COMMANDS.items()]
-    return "usage: halfseen COMMAND ...\n\n" + "\n".join(lines) + "\n\n`halfseen COMMAND --help` tells more.\n"
+    lines = ["usage: halfseen COMMAND ...      (`halfseen COMMAND --help` tells more; halfseen --version)"]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:<12} {COMMANDS[name][1]}" for name in names)]
+    return "\n".join(lines) + "\n"
 
 
 def run_stage(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> None:
@@ -57,6 +74,9 @@ def run_stage(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None =
         code = 2 if isinstance(error, ConfigError) else 1
         if code == 1 or first_rank():
             print(f"error: {message(error)}", file=sys.stderr)
+    except KeyboardInterrupt:  # of a training the second one: the first lets it save
+        print("interrupted: call it again to go on from what is there", file=sys.stderr)
+        code = INTERRUPTED
     sys.exit(code)
 
 
@@ -103,10 +123,12 @@ def main() -> None:
 
         close = difflib.get_close_matches(arguments[0], COMMANDS, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"error: no command {arguments[0]!r}.{hint}", file=sys.stderr)
-        print(usage(), end="", file=sys.stderr)
+        print(f"error: there is no command {arguments[0]!r}.{hint}\n  fix: see `halfseen --help`", file=sys.stderr)
         sys.exit(2)
+    # While it loads nothing has begun: Ctrl-C just ends it, where libraries in C++ would abort with a core dump.
+    asked = signal.signal(signal.SIGINT, signal.SIG_DFL)
     module = importlib.import_module(COMMANDS[arguments[0]][0])
+    signal.signal(signal.SIGINT, asked)
     run_stage(module.main, arguments[1:])
 
 

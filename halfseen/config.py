@@ -1,12 +1,11 @@
-"""Typed configuration: the dataclasses every stage shares, durations, and how a batch is split.
+"""Typed configuration: the sections that stages share, and how an option is refused.
 
-halfseen/recipes.py makes them from files and command lines; ``check`` refuses with ConfigError what needs no device to
-be wrong.
+The engine's section is in halfseen/engine_config.py. halfseen/recipes.py fills them from files and command lines;
+``check`` refuses with ConfigError what needs no device to be wrong.
 """
 
-import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -175,6 +174,12 @@ class Augment:
         if not min(self.std) > 0:
             raise ConfigError(f"{key}.std", self.std, "divides a channel, so all must be > 0", "use [1, 1, 1] for none")
 
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """Raise ConfigError for the first of some options that is on: a stage that lacks it would ignore it."""
+        for name in names:
+            if value := getattr(self, name):
+                raise ConfigError(f"augment.{name}", value, reason, f"set augment.{name}={str(type(value)()).lower()}")
+
 
 @dataclass
 class Optim:
@@ -237,76 +242,6 @@ class Optim:
     def peak(self, global_batch: int) -> float:
         """The absolute rate after the warm-up."""
         return self.lr if self.lr is not None else (self.base_lr or 0.0) * global_batch / self.base_batch
-
-
-# Options of some engines alone; under another they must keep their defaults.
-OWN = {
-    "shard_size": ("fsdp",),
-    "gather": ("fsdp",),
-    "offload": ("fsdp", "deepspeed"),
-    "extra": ("deepspeed",),
-    "recompute_by": ("fairscale",),
-}
-
-
-@dataclass
-class Engine:
-    """How the student is sharded, run and updated (see halfseen/engines)."""
-
-    name: Literal["auto", "single", "ddp", "fsdp", "deepspeed", "fairscale"] = "auto"  # auto: single or ddp
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast type of the forward; weights stay fp32
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    recompute: bool = False  # recompute each block in the backward instead of keeping its activations
-    offload_activations: bool = False  # with recompute: each block's input waits in host memory for the backward
-    recompute_by: Literal["torch", "fairscale"] = "torch"  # fairscale: its checkpoint_wrapper; no shared weights
-    compile: bool = False  # torch.compile each block
-    shard_size: int = 0  # fsdp: ranks a shard group spans (HSDP); 0: all of them
-    reshard: bool = True  # fsdp: free gathered weights between forward and backward
-    gather: Literal["fp32", "bf16"] = "fp32"  # fsdp: type in which blocks' weights travel; bf16: half the traffic
-    zero_stage: Literal[0, 1, 2, 3] = 2  # deepspeed: shard nothing, moments, and gradients, and weights
-    offload: bool = False  # fsdp, deepspeed: masters and moments in host memory, updated there
-    extra: str = ""  # deepspeed: a JSON file with more of its options; those halfseen sets are refused there
-    fairscale: Literal["oss", "sharded", "full"] = "oss"  # sharded: moments; and gradients; and weights (CUDA only)
-    ema: float = 0.0  # decay of the averaged weights; 0: none
-    ema_start: float = 0.0  # their decay at the first image
-    ema_ramp: str = "0"  # images (500k, 10M) over which the decay goes from ema_start to ema, linearly; 0: ema at once
-    skip_budget: int = 10  # non-finite updates that may be skipped between two checkpoints
-    rollback_budget: int = 2  # returns to the last checkpoint before the run stops with a capsule
-
-    def check(self, key: str) -> None:
-        """Ranges, and no option of one engine under another that would ignore it."""
-        between(f"{key}.ema", self.ema, 0.0, 0.9999999)
-        between(f"{key}.ema_start", self.ema_start, 0.0, 0.9999999)
-        duration(f"{key}.ema_ramp", self.ema_ramp)
-        for name in ("shard_size", "skip_budget", "rollback_budget"):
-            at_least(f"{key}.{name}", getattr(self, name), 0)
-        for name, engines in OWN.items():
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != default and self.name not in engines:
-                reason = f"is an option of {' and '.join(engines)}, and would be ignored by {self.name}"
-                fix = f"use {key}.name={engines[0]}, or {key}.{name}={str(default).lower() or chr(39) * 2}"
-                raise ConfigError(f"{key}.{name}", value, reason, fix)
-        self._check_recompute(key)
-        if self.gather == "bf16" and self.precision != "bf16":
-            reason = f"weights in bf16 under {key}.precision={self.precision} would only lose digits"
-            raise ConfigError(f"{key}.gather", self.gather, reason, f"use {key}.precision=bf16, or {key}.gather=fp32")
-
-    def _check_recompute(self, key: str) -> None:
-        """What recomputation goes with."""
-        if self.offload_activations and (self.compile or not self.recompute):
-            reason = "is about recomputed blocks, and not tested with compiled ones"
-            fix = f"use {key}.recompute=true {key}.compile=false"
-            raise ConfigError(f"{key}.offload_activations", True, reason, fix)
-        if self.recompute_by != "torch" and (self.compile or not self.recompute):
-            reason = "says how blocks are recomputed, and cannot be compiled"
-            fix = f"use {key}.recompute=true {key}.compile=false, or {key}.recompute_by=torch"
-            raise ConfigError(f"{key}.recompute_by", self.recompute_by, reason, fix)
-
-    def ema_decay(self, position: int) -> float:
-        """The averages' decay in the update that starts at a position."""
-        ramp = duration("engine.ema_ramp", self.ema_ramp)
-        share = min(position / ramp, 1.0) if ramp else 1.0
-        return self.ema_start + (self.ema - self.ema_start) * share
 
 
 @dataclass
@@ -397,15 +332,6 @@ def between(key: str, value: float, low: float, high: float) -> None:
         raise ConfigError(key, value, f"is outside [{low}, {high}]", f"use a number from {low} to {high}")
 
 
-def sections(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The config and every dataclass inside it, each with its dotted key."""
-    yield key, config
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from sections(value, f"{key}.{item.name}" if key else item.name)
-
-
 # ---------------------------------------------------------------------------------------------------- durations
 
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(k|m|ep|%|steps?)?\s*", re.IGNORECASE)
@@ -427,43 +353,3 @@ def duration(
     if scale is None:
         raise ConfigError(key, text, f"has no meaning here: the unit {unit!r} is not known yet", "say it in images")
     return round(number * scale)
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True)
-class Batches:
-    """How one global batch is split: world ranks x accumulation micro-batches x micro images."""
-
-    total: int  # images per update over all ranks
-    world: int  # ranks
-    micro: int  # images per rank and forward pass
-    accumulation: int  # forward passes per update
-
-    @classmethod
-    def derive(cls, global_batch: int, world: int, micro_batch: int | None) -> "Batches":
-        """Split a global batch; the micro-batch is the largest divisor of a rank's share within micro_batch."""
-        if global_batch % world:
-            nearest = max(world, round(global_batch / world) * world)
-            raise ConfigError(
-                "run.global_batch",
-                global_batch,
-                f"does not divide by the {world} ranks of this run",
-                f"use a multiple of {world}, e.g. run.global_batch={nearest}, or another number of ranks",
-            )
-        share = global_batch // world
-        most = min(share, micro_batch or share)
-        micro = next(size for size in range(most, 0, -1) if share % size == 0)
-        if micro_batch and micro * 2 <= most:
-            raise ConfigError(
-                "run.micro_batch",
-                micro_batch,
-                f"a rank's share of {share} images has no divisor between {micro + 1} and {micro_batch}, "
-                f"so only {micro} images would run at once",
-                f"choose run.global_batch so that global_batch / {world} is a multiple of {micro_batch}",
-            )
-        return cls(global_batch, world, micro, share // micro)
-
-    def __str__(self) -> str:
-        return f"{self.total} images = {self.world} ranks x {self.accumulation} micro-batches x {self.micro}"

@@ -131,7 +131,7 @@ def apply(base: Weights, path: Path) -> dict[str, Tensor]:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """The same type, shape and bits; NaN equals itself and 0 differs from -0."""
+    """Whether two tensors have the same type, shape and bits; NaN equals itself and 0 differs from -0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     bits = INTEGERS.get(one.element_size(), torch.uint8)

@@ -195,7 +195,7 @@ def meet(file: Path, found: Place, patience: timedelta = PATIENCE) -> dist.TCPSt
         partial.write_text(f"{store.port}\n")
         os.replace(partial, file)
         return store
-    deadline = time.monotonic() + patience.total_seconds()
+    deadline, pause = time.monotonic() + patience.total_seconds(), 0.1
     while not file.exists():
         if time.monotonic() > deadline:
             raise ConfigError(
@@ -205,7 +205,8 @@ def meet(file: Path, found: Place, patience: timedelta = PATIENCE) -> dist.TCPSt
                 "look at rank 0's log; if it runs, this node does not see the same folder: put the run on a shared one",
             )
         os.listdir(file.parent)  # makes a network file system look again
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(2.0, 1.2 * pause)  # hundreds of ranks may ask one file server
     return dist.TCPStore(found.address, int(file.read_text()), found.world, False, PATIENCE)
 
 

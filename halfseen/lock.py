@@ -15,9 +15,13 @@ NAME = ".lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
+class Taken(ConfigError):
+    """Another start holds the run folder, or did until its node was lost: network file systems notice that late."""
+
+
 @contextmanager
 def held(folder: Path, world: World) -> Iterator[None]:
-    """Hold a run folder; ConfigError on every rank if another start does. Collective; rank 0 makes the folder.
+    """Hold a run folder, which rank 0 makes if needed. Collective. Taken, on every rank, if another start holds it.
 
     The lock is the operating system's, and goes with rank 0's process, however that ends. A POSIX one: unlike
     flock's it is not inherited by loader processes that outlive rank 0 for a while, and network file systems pass it
@@ -41,7 +45,7 @@ def held(folder: Path, world: World) -> Iterator[None]:
                     print(f"note      {folder} cannot be locked ({error.strerror}): start it only once", flush=True)
         holder = world.gather_object(holder)[0]
         if holder:
-            raise ConfigError(
+            raise Taken(
                 "run.folder",
                 str(folder),
                 f"is being trained by {holder}",

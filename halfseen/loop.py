@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfseen import capsule, signals
 from halfseen.checkpoint import Checkpoints
-from halfseen.config import Batches
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.engines import Engine
 from halfseen.monitor import Monitor

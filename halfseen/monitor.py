@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import re
 import resource
 import sys
 import time
@@ -17,6 +17,7 @@ from torch import Tensor
 from halfseen.config import ConfigError, duration
 from halfseen.config import Monitor as Options
 from halfseen.distributed import World
+from halfseen.writing import write_whole
 
 # Dense bf16 peak (fp16 where a GPU has no bf16) in TFLOP/s by a part of the device's name, from the makers'
 # data sheets. The first match counts, so variants stand before the plain name.
@@ -60,13 +61,14 @@ CHARTS = {"images_per_second": "speed", "data_wait": "speed", "mfu": "speed", "m
 
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 peak of one device, None if it is not in the table."""
-    return next((peak for part, peak in PEAKS if part.lower() in device_name.lower()), None)
+    # Not within a longer number: an RTX A4000 is no A40.
+    return next((peak for part, peak in PEAKS if re.search(rf"{part}(?!\d)", device_name, re.IGNORECASE)), None)
 
 
 def keep_rows(path: Path, start: int) -> None:
     """Drop the rows of a metrics.jsonl beyond position start, and a last line cut short by a crash.
 
-    The file is replaced in one move, so a reader or a second crash sees the old rows or the new ones.
+    Raises ConfigError for any other line that is no row of metrics.
     """
     if not path.exists():
         return
@@ -82,9 +84,7 @@ def keep_rows(path: Path, start: int) -> None:
             raise ConfigError("run.folder", str(path.parent), reason, "repair that line, or move the file") from error
         if position <= start:
             kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))
 
 
 class Monitor:
@@ -237,7 +237,7 @@ class Monitor:
             self.writer.add_image(tag, image.cpu(), position)
 
     def histogram(self, position: int, tag: str, tensor: Tensor) -> None:
-        """The distribution of a tensor's values for TensorBoard."""
+        """The distribution of a tensor's values, of any shape, for TensorBoard."""
         if self.world.main and self.writer:
             self.writer.add_histogram(tag, tensor.detach().float().cpu(), position)
 

@@ -138,13 +138,15 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     for index, tensor in enumerate(tensors):
         if isinstance(tensor, DTensor):
             meshes.setdefault((tensor.device_mesh, tensor.placements), []).append(index)
+    found = list(squares.unbind())  # a list as an index would be copied to the device, with a wait for it
     for (mesh, placements), indices in meshes.items():
-        part = squares[indices]
+        part = torch.stack([found[index] for index in indices])
         for axis, placement in enumerate(placements):
             if placement.is_shard():
                 torch.distributed.all_reduce(part, group=mesh.get_group(axis))
-        squares[indices] = part
-    return squares.sqrt()
+        for index, square in zip(indices, part.unbind()):
+            found[index] = square
+    return torch.stack(found).sqrt()
 
 
 class _Named(torch.optim.Optimizer):
@@ -277,12 +279,12 @@ class LARS(_Named):
         keep = self._keep()
         for group in self.param_groups:
             ready = self._ready(group)
-            split = (
-                (ready,) if self.trust is None else ([p for p in ready if p.ndim > 1], [p for p in ready if p.ndim < 2])
-            )
-            for adapted, chosen in zip((self.trust is not None, False), split):
-                if chosen:
-                    self._update(group, chosen, keep, adapted)
+            adapted = [p for p in ready if p.ndim > 1 and self.trust is not None]
+            plain = [p for p in ready if p.ndim < 2 or self.trust is None]
+            if adapted:
+                self._update(group, adapted, keep, adapted=True)
+            if plain:
+                self._update(group, plain, keep, adapted=False)
 
     def _update(self, group: dict[str, Any], chosen: list[nn.Parameter], keep: Tensor | float, adapted: bool) -> None:
         gradients = self._gradients(chosen, keep)

@@ -43,8 +43,8 @@ def of(path: Path) -> Origin | None:
     """What a run, a checkpoint or a weight file says of itself; None if nothing does. ConfigError for a broken file."""
     if path.is_dir():
         weights = last_stage(path)
-        beside = next((at for at in (weights, *weights.resolve().parents[:2]) if (at / CONFIG).is_file()), None)
-        return None if beside is None else Origin(weights, plain(beside / CONFIG))
+        stored = config_of(weights)
+        return None if stored is None else Origin(weights, plain(stored))
     if not path.is_file():
         return None
     told = header(path)
@@ -59,7 +59,7 @@ def of(path: Path) -> Origin | None:
 
 
 def require(key: str, path: Path) -> Origin:
-    """The same; ConfigError under that key where nothing is said."""
+    """As ``of``; ConfigError under that key for what is not there, and where nothing is said."""
     if not path.exists():
         raise ConfigError(key, str(path), "there is no such file or folder", "check the path")
     found = of(path)
@@ -67,6 +67,11 @@ def require(key: str, path: Path) -> Origin:
         reason = "does not say what its trunk is: " + ("no config.yaml is there" if path.is_dir() else "no header does")
         raise ConfigError(key, str(path), reason, "name a run folder, or a file of `halfseen export` or `convert`")
     return found
+
+
+def config_of(folder: Path) -> Path | None:
+    """The config.yaml of a run folder, or of the run that a checkpoint lies in, two levels below it."""
+    return next((at / CONFIG for at in (folder, *folder.resolve().parents[:2]) if (at / CONFIG).is_file()), None)
 
 
 def plain(config: Path) -> dict[str, Any]:
@@ -91,11 +96,12 @@ def converted(told: Mapping[str, str]) -> dict[str, Any]:
 def adopted(schema: type[Config], recipe: Path, overrides: Sequence[str]) -> Config:
     """The config of a recipe whose trunk is that of run.init, so far as those weights say what it is."""
     options = dict(stated(schema, recipe, overrides))
-    init, folder = options.get("run.init"), Path(options.get("run.folder") or f"runs/{recipe.stem}")
+    stage = schema.__name__.lower()
+    init, folder = options.get("run.init"), Path(options.get("run.folder") or default_folder(recipe, stage))
     if not init:
         return load(schema, recipe, overrides)
     own = folder / CONFIG
-    if own.is_file() and stage_of(own) == schema.__name__.lower():  # it goes on, wherever those weights are now
+    if own.is_file() and stage_of(own) == stage:  # it goes on, wherever those weights are now
         return load(schema, recipe, overrides, [inherited(options, plain(own))])
     try:
         found = of(Path(init))
@@ -107,6 +113,16 @@ def adopted(schema: type[Config], recipe: Path, overrides: Sequence[str]) -> Con
     if config.run.init_coverage > 0:
         refuse_other_trunk(config, options, found)
     return cast(Config, config)
+
+
+def default_folder(recipe: Path, stage: str) -> Path:
+    """Where a recipe runs if nobody says: runs/NAME, or runs/NAME_STAGE if a run of another stage is in there.
+
+    So `finetune/mae_b16` may start from runs/mae_b16, which `pretrain/mae_b16` has made.
+    """
+    folder = Path("runs") / recipe.stem
+    config = folder / CONFIG
+    return folder.with_name(f"{recipe.stem}_{stage}") if config.is_file() and stage_of(config) != stage else folder
 
 
 def inherited(keys: Collection[str], said: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.recipes import changes
+from halfseen.writing import write_whole
 
 SLURM = (
     "job_id",
@@ -86,9 +87,7 @@ def write_receipt(
             "slurm": slurm(),
         }
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"starts": starts}, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps({"starts": starts}, indent=2, default=str) + "\n")
     return path
 
 

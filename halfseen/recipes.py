@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from halfseen.config import OWN, Alarm, ConfigError, Engine, Source, sections
+from halfseen.config import Alarm, ConfigError, Source
 
 Config = TypeVar("Config")
 
@@ -27,13 +27,6 @@ def recipe_root() -> Path:
     """The folder of the recipes that ship with the package."""
     return Path(str(resources.files("halfseen.configs")))
 
-
-# What makes of a stored config one that runs on any machine: its engine may not be at hand, or not fit so few devices.
-ANYWHERE = (
-    "engine.name=auto",
-    "engine.compile=false",
-    *(f"engine.{name}={str(getattr(Engine(), name)).lower()}" for name in OWN),
-)
 
 # Bundled files that fill one section, for the ``base:`` of recipes: they are no runs.
 BASES = ("data/", "engine/")
@@ -48,8 +41,10 @@ def find_recipe(name: str, base: bool = False) -> Path:
         if candidate.is_file():
             return candidate
     known = [recipe for recipe, _ in recipes() if base or not recipe.startswith(BASES)]
-    close = difflib.get_close_matches(name, known, 3)
-    raise ConfigError("recipe", name, "no such file or bundled recipe", f"try {close or known}; see `halfseen recipes`")
+    same = [recipe for recipe in known if recipe.rpartition("/")[2] == name]
+    close = ", ".join(same or difflib.get_close_matches(name, known, 3))
+    fix = f"try {close}; `halfseen recipes` lists all" if close else "`halfseen recipes` lists them"
+    raise ConfigError("recipe", name, "no such file or bundled recipe", fix)
 
 
 def recipes() -> list[tuple[str, str]]:
@@ -236,6 +231,15 @@ def load(
         if hasattr(section, "check"):
             section.check(section_key)
     return typing.cast(Config, config)
+
+
+def sections(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The config and every dataclass inside it, each with its dotted key."""
+    yield key, config
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from sections(value, f"{key}.{item.name}" if key else item.name)
 
 
 def to_yaml(config: Any) -> str:

@@ -138,8 +138,7 @@ def in_trunk(trunk: Any, part: str, positions: bool) -> Iterator[nn.Parameter]:
         yield from of_type(trunk, ATTENTIONS if part == "attention" else MLPS)
         if positions:
             yield from of_type(trunk, (RelativeBias,))
-            if trunk.pos_embed is not None:
-                yield trunk.pos_embed
+            yield from (p for name, p in trunk.named_parameters() if name.rpartition(".")[2] == "pos_embed")
 
 
 def of_type(trunk: nn.Module, types: tuple[type[nn.Module], ...]) -> Iterator[nn.Parameter]:
@@ -173,7 +172,13 @@ def official(names: Collection[str], train: str, positions: bool) -> Iterator[st
 
 
 def still(student: nn.Module) -> None:
-    """Put frozen norms with statistics into evaluation mode: those, too, must not change."""
+    """Put what must not change into evaluation mode: a trunk of which nothing trains, frozen norms with statistics.
+
+    student: has its trunk in ``encoder``.
+    """
+    trunk: Any = student.encoder
+    if not any(parameter.requires_grad for parameter in trunk.parameters()):
+        trunk.eval()
     for module in student.modules():
         if isinstance(module, (_BatchNorm, PowerNorm)) and not any(p.requires_grad for p in module.parameters()):
             module.eval()

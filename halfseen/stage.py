@@ -1,215 +1,36 @@
-"""What every training stage does around its own three parts (data, student, prepare): open the run, derive the
-numbers, restore or start, train, report."""
+"""What every training stage does around its own parts (data, student, prepare): derive the numbers, restore or start,
+train, report. halfseen/opening.py comes before it."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from halfseen import engines, loop, optim, origin, weights
+from halfseen import engines, loop, optim, signals, weights
 from halfseen.checkpoint import Checkpoints, read_weights
-from halfseen.config import Batches, ConfigError, duration
+from halfseen.config import ConfigError
 from halfseen.data import ImageSet, reading, train_batches
 from halfseen.data.transforms import Transform
-from halfseen.distributed import World, place
+from halfseen.derived import Batches, Spans
+from halfseen.distributed import World
 from halfseen.lock import held
 from halfseen.monitor import Monitor
+from halfseen.opening import Opened
 from halfseen.receipt import places, write_receipt
-from halfseen.recipes import changes, find_recipe, load, stage_of, to_yaml
+from halfseen.recipes import changes, to_yaml
 from halfseen.watchdog import Watchdog
-
-Stage = TypeVar("Stage")
-
-# Options that may differ when a run continues: they change how fast it goes or what it reports, never the curve.
-FREE = (
-    "engine.name",
-    "engine.device",
-    "engine.recompute",
-    "engine.offload_activations",
-    "engine.recompute_by",
-    "engine.compile",
-    "engine.shard_size",
-    "engine.reshard",
-    "engine.zero_stage",
-    "engine.offload",
-    "engine.extra",
-    "engine.fairscale",
-    "engine.skip_budget",
-    "engine.rollback_budget",
-    "data.train",  # the shards may have moved; their fingerprint decides
-    "data.val",
-    "data.eval_crop",
-    "data.workers",
-    "data.prefetch",
-    "data.bad_limit",
-    "data.cache",
-    "data.cache_gib",
-    "teacher.micro_batch",
-    "teacher.channels_last",
-    "teacher.compile",
-    "store.folder",  # the answers may have moved; their description decides
-    "store.missing",
-    "target.codes.store.folder",
-    "target.codes.store.missing",
-    "run.folder",
-    "run.init",
-    "run.micro_batch",
-    "run.keep",
-    "run.async_save",
-    "run.stall_minutes",
-    "run.checkpoint_every",
-    "run.log_every",
-    "run.evaluate_every",
-    "run.picture_every",
-    "stages",  # each one's own folder says what it began with
-    "task.keep_best",
-    "online.",
-    "monitor.",
-)
-
-
-@dataclass(frozen=True)
-class Opened(Generic[Stage]):
-    """A checked config and the folder it runs in."""
-
-    config: Stage
-    folder: Path
-    resumed: bool  # the folder already held this run
-
-
-def open_run(schema: type[Stage], argv: Sequence[str]) -> Opened[Stage]:
-    """Turn ``RECIPE_OR_RUN key=value ...`` into a config and a run folder. Touches no device, writes nothing.
-
-    A run folder continues exactly that run. A recipe whose run.folder already holds a run continues it too, if
-    every option that shapes the curve is the same; otherwise ConfigError names the first one that is not.
-    Options of the trunk that nobody states are those of run.init, and stated ones that differ are refused.
-    """
-    name = schema.__name__.lower()
-    if not argv or {"-h", "--help"} & set(argv):
-        print(f"usage: halfseen {name} RECIPE_OR_RUN_FOLDER [section.option=value ...]\n")
-        print(f"options: halfseen recipes --fields {name}\nrecipes: halfseen recipes")
-        raise SystemExit(0 if argv else 2)
-    source, overrides = argv[0], list(argv[1:])
-    stored = Path(source) / "config.yaml"
-    if Path(source).is_dir():
-        if not stored.is_file():
-            raise ConfigError("run.folder", source, "is a folder without config.yaml", "name a run folder or a recipe")
-        refuse_other_stage(name, stored, "run.folder", source, "halfseen {stage} " + source)
-        config: Any = load(schema, stored, overrides)
-        config.run.folder = source
-    else:
-        recipe = find_recipe(source)
-        refuse_other_stage(name, recipe, "recipe", source, "halfseen {stage} " + source)
-        config = origin.adopted(schema, recipe, overrides)
-        config.run.folder = config.run.folder or f"runs/{Path(source).stem}"
-    return open_config(schema, config)
-
-
-def open_config(schema: type[Stage], config: Any) -> Opened[Stage]:
-    """A checked config that names its folder, opened: ConfigError if the folder holds another run.
-
-    What this number of ranks makes impossible is refused here too, before any of them waits for another.
-    """
-    name = schema.__name__.lower()
-    launched = place(dict(os.environ))
-    engines.refuse(config.engine, config.optim, launched.world if launched else None)
-    if launched:
-        Batches.derive(config.run.global_batch, launched.world, config.run.micro_batch)
-    folder = Path(config.run.folder)
-    stored = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError("run.folder", config.run.folder, "is a file", "name a folder; a new one is made")
-    if stored.is_file():
-        refuse_other_stage(name, stored, "run.folder", config.run.folder, "give run.folder=ANOTHER_FOLDER")
-        refuse_other_run(load(schema, stored), config, stored)
-    elif config.run.init and not Path(config.run.init).exists():
-        raise ConfigError("run.init", config.run.init, "there is no such file or folder", "check the path")
-    return Opened(config, folder, stored.is_file())
-
-
-def refuse_other_stage(name: str, file: Path, key: str, value: str, fix: str) -> None:
-    """Raise ConfigError if a recipe or a run's config is another stage's; in fix, {stage} stands for that stage."""
-    stage = stage_of(file)
-    if stage and stage != name:
-        raise ConfigError(key, value, f"belongs to {stage}, not to {name}", fix.replace("{stage}", stage))
-
-
-def refuse_other_run(old: Any, new: Any, stored: Path) -> None:
-    """Raise ConfigError if continuing ``old`` with ``new`` would not give the same curve."""
-    before, after = changes(old), changes(new)
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(FREE):
-            raise ConfigError(
-                key,
-                after.get(key, "its default"),
-                f"the run in {stored.parent} has {before.get(key, 'the default')!r}, and this option shapes the curve",
-                "drop the override to resume that run, or give run.folder=ANOTHER_FOLDER for a new one "
-                f"(run.init={stored.parent} starts it from that run's weights)",
-            )
-
-
-@dataclass(frozen=True)
-class Spans:
-    """The durations of a run, in images."""
-
-    total: int
-    warmup: int
-    checkpoint: int
-    log: int
-    evaluate: int
-    picture: int
-    drops: tuple[int, ...] = ()  # positions at which schedule=steps lowers the rate
-
-    @classmethod
-    def derive(cls, config: Any, epoch: int, batch: int) -> "Spans":
-        """Resolve the duration options. The run ends on a whole step: total is rounded up to the global batch."""
-
-        def resolve(key: str, total: int | None = None) -> int:
-            section, _, name = key.partition(".")
-            text = getattr(getattr(config, section), name)
-            return duration(key, text, epoch=epoch, total=total, batch=batch)
-
-        total = resolve("run.images")
-        if total < batch:
-            raise ConfigError("run.images", config.run.images, f"is less than one step of {batch}", "train longer")
-        total = -(-total // batch) * batch
-        spans = {
-            name: resolve(key, total)
-            for name, key in {
-                "warmup": "optim.warmup",
-                "checkpoint": "run.checkpoint_every",
-                "log": "run.log_every",
-                "evaluate": "run.evaluate_every",
-                "picture": "run.picture_every",
-            }.items()
-        }
-        if spans["warmup"] >= total:
-            raise ConfigError(
-                "optim.warmup",
-                config.optim.warmup,
-                f"is {spans['warmup']} images, the whole run of {total}",
-                "shorten it, e.g. optim.warmup=5%",
-            )
-        for name in ("checkpoint", "log"):
-            if spans[name] < 1:
-                raise ConfigError(f"run.{name}_every", getattr(config.run, f"{name}_every"), "is no time", "use 5%")
-        drops = [duration("optim.drops", text, epoch=epoch, total=total, batch=batch) for text in config.optim.drops]
-        for text, drop in zip(config.optim.drops, drops):
-            if not spans["warmup"] <= drop < total:
-                reason = (
-                    f"is at {drop} images, not between the warm-up's end ({spans['warmup']}) and the run's ({total})"
-                )
-                raise ConfigError("optim.drops", text, reason, "name times within the run, e.g. optim.drops=[87.5%]")
-        return cls(total, **spans, drops=tuple(drops))
+from halfseen.writing import write_whole
 
 
 def derive(config: Any, train_set: ImageSet, world: World) -> tuple[Batches, Spans]:
-    """Batch split and durations of a run; refuses what cannot be divided."""
+    """Batch split and durations of a run. Collective.
+
+    Raises ConfigError for a batch that cannot be divided, durations that make no sense, and ranks that see other data.
+    """
     batches = Batches.derive(config.run.global_batch, world.world, config.run.micro_batch)
     refuse_different_data(train_set, world)
     return batches, Spans.derive(config, train_set.images, batches.total)
@@ -390,7 +211,7 @@ def restored(
 
     How the weights start: 1. this run's newest healthy checkpoint, 2. run.init, 3. random.
     """
-    newest = checkpoints.newest()
+    newest = checkpoints.to_continue()
     engine = parts.engine(opened.config, world, fresh=newest is None)
     if newest is None:
         return engine, 0, 0
@@ -413,7 +234,7 @@ def record(opened: Opened[Any], parts: Parts, world: World, engine: engines.Engi
     ranks = places(world)
     if world.main:
         if not opened.resumed:
-            (folder / "config.yaml").write_text(to_yaml(config))
+            write_whole(folder / "config.yaml", to_yaml(config))  # half of it would be another run's config
         for name, text in engine.files.items():
             (folder / name).write_text(text)
         fingerprint = parts.train_set.fingerprint
@@ -440,5 +261,5 @@ def seed_weights(seed: int) -> None:
 
 
 def exit_code(outcome: loop.Outcome) -> int:
-    """0 when the run is complete; 75 (EX_TEMPFAIL) when a signal stopped it: run it again to continue."""
-    return os.EX_TEMPFAIL if outcome.stopped_by else 0
+    """0 when the run is complete; signals.SAVED when a signal stopped it: run it again to continue."""
+    return signals.SAVED if outcome.stopped_by else 0

@@ -20,6 +20,7 @@ from halfseen.classification import Classifier, Task
 from halfseen.config import ConfigError, at_least
 from halfseen.models import trunks
 from halfseen.models.vit import Trace
+from halfseen.origin import config_of
 
 Section = TypeVar("Section")
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and deviation per channel, of values in [0, 1]
@@ -143,7 +144,7 @@ class Teacher:
         return self.look(image).features
 
     def look(self, image: Tensor, layers: Layers | None = None) -> Seen:
-        """Everything in one pass: scores, features, and what is recorded of the given layers."""
+        """Scores, features, and what is recorded of the given layers, in one pass; image as for ``logits``."""
         with torch.inference_mode():
             parts = [self._look(part, layers or Layers()) for part in image.split(self.cfg.micro_batch or len(image))]
         # Copies, because a tensor made under inference_mode may not be kept for a backward.
@@ -333,8 +334,7 @@ def refuse_out_of_reach(name: str, key: str, weights_key: str) -> None:
 def from_run(cfg: TeacherConfig, image_size: int, key: str) -> Source:
     """The trunk, and the head where there is one, of a run of any stage."""
     path = Path(cfg.source)
-    folders = (path, *path.resolve().parents[:2])  # a checkpoint lies two levels below its run
-    config = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    config = config_of(path)
     if config is None or not path.is_dir():
         raise ConfigError(
             f"{key}.source", cfg.source, "is no run folder or checkpoint", f"name one, or {TIMM}NAME with {key}.weights"

@@ -14,6 +14,7 @@ from typing import Any
 
 from halfseen.distributed import World
 from halfseen.loop import AnotherRank
+from halfseen.writing import write_whole
 
 # What a rank reads for the n-th micro-batch of the step at a position, in words: reading(rank, position, n).
 Reading = Callable[[int, int, int], str]
@@ -100,7 +101,7 @@ class Watchdog:
                 self.last = now  # the whole process was stopped (a laptop's lid, a debugger): begin anew
             looked = now
             self._write()
-            if self.failed.exists():
+            if os.path.exists(self.failed):  # unlike Path.exists, whatever ails the file system
                 alone = alone or now
                 if now - alone > ALONE:
                     self._leave()
@@ -125,15 +126,17 @@ class Watchdog:
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(content) + "\n")
-            os.replace(partial, path)
+            write_whole(path, json.dumps(content) + "\n")
         except OSError as error:
             print(f"heartbeat {path} was not written: {error}", file=sys.stderr, flush=True)
 
     def _leave(self) -> None:
         """End, since a rank that has failed will answer no message any more. Waits for nothing, as ``_bark``."""
-        print(f"rank {self.world.rank} ends: first to fail was {self.failed.read_text()}", file=sys.stderr, flush=True)
+        try:
+            told = self.failed.read_text()
+        except OSError as error:
+            told = f"told in {self.failed}, which cannot be read: {error}"
+        print(f"rank {self.world.rank} ends: first to fail was {told}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _bark(self, silent: float) -> None:

@@ -1,6 +1,7 @@
 """Starting a student from other weights, with a report, and a refusal when they fill too little of it."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,16 @@ from torch import Tensor, nn
 
 from halfseen import layouts
 from halfseen.config import ConfigError
-from halfseen.models.positions import resize
+from halfseen.models.positions import resize, resize_blocks
 from halfseen.models.relative import PREFIX_ROWS, relative_rows, resize_relative
 
 Grid = tuple[int, int]  # patches down and across
+RELATIVE = "relative_position_bias_table"
+TABLES = ("pos_embed", "patch_pos", RELATIVE)  # how the names of tables end that depend on the grid; patch_pos is TNT's
+
+
+MADE = ("attn_mask", "relative_position_index")  # tables that follow from the sizes; older files of timm's hold them
+_PART_OF_TRUNK = re.compile(r"encoder\.(blocks|layers|stages|body|patch_embeds?|stem)\.")
 
 
 @dataclass
@@ -72,18 +79,14 @@ def initialise(
     moves = grid is not None and grid != trunk.grid  # also where the tables happen to be equally long
     filled: dict[str, Tensor] = {}
     for name, value in own.items():
-        table = name.endswith(("pos_embed", RELATIVE)) and value.ndim < 4  # NesT's positions are of blocks of a grid
         if name not in given:
             report.new[name] = "not given"
-        elif given[name].shape == value.shape and not (table and moves):
+        elif given[name].shape == value.shape and not (moves and name.endswith(TABLES) and value.ndim < 4):
             filled[name] = given[name]
             if name not in report.resized:
                 report.loaded.append(name)
-        elif table and name.endswith("pos_embed") and given[name].shape[-1] == value.shape[-1]:
-            filled[name], how = move_table(trunk, name, given[name], value.shape[1], grid)
-            report.resized[name] = ", ".join(filter(None, (report.resized.get(name), how)))
-        elif name.endswith(RELATIVE) and given[name].shape[-1] == value.shape[-1]:
-            filled[name], how = move_relative(trunk, name, given[name], len(value), grid)
+        elif (moved := move(trunk, name, given[name], value, grid)) is not None:
+            filled[name], how = moved
             report.resized[name] = ", ".join(filter(None, (report.resized.get(name), how)))
         else:
             report.new[name] = f"given as {tuple(given[name].shape)}, needed as {tuple(value.shape)}"
@@ -107,7 +110,7 @@ def initialise(
 
 def refuse_left_over(unused: list[str]) -> None:
     """Raise ConfigError if blocks or stem weights were given that the student lacks: it is another, smaller model."""
-    left = [name for name in unused if name.startswith(("encoder.blocks.", "encoder.patch_embed."))]
+    left = [name for name in unused if _PART_OF_TRUNK.match(name) and not name.endswith(MADE)]
     if left:
         raise ConfigError(
             "run.init",
@@ -150,9 +153,6 @@ def fit_class_row(trunk: Any, given: dict[str, Tensor], grid: Grid | None = None
     return {}
 
 
-RELATIVE = "relative_position_bias_table"
-
-
 def unshare_relative(own: Mapping[str, Tensor], given: dict[str, Tensor]) -> dict[str, str]:
     """Give each block a copy of a relative table that all blocks shared, if the student has one per block (BEiT).
 
@@ -167,8 +167,21 @@ def unshare_relative(own: Mapping[str, Tensor], given: dict[str, Tensor]) -> dic
     return dict.fromkeys(tables, "copied from the table of all blocks")
 
 
+def move(trunk: Any, name: str, table: Tensor, own: Tensor, grid: Grid | None = None) -> tuple[Tensor, str] | None:
+    """A table of another grid made to fit the student's own, and how; None where that is not what is the matter."""
+    if not name.endswith(TABLES) or table.ndim != own.ndim or table.shape[-1] != own.shape[-1]:
+        return None
+    if name.endswith(RELATIVE):
+        return move_relative(trunk, name, table, len(own), grid)
+    if own.ndim < 4:
+        return move_table(trunk, name, table, own.shape[1], grid)
+    if table.shape[1] != own.shape[1]:  # NesT: blocks, whose number tells the levels, not the size of the image
+        return None
+    return resize_blocks(table, own.shape[2]), f"{table.shape[2]} -> {own.shape[2]} places a block"
+
+
 def move_relative(trunk: Any, name: str, table: Tensor, needed: int, grid: Grid | None = None) -> tuple[Tensor, str]:
-    """A relative position table resampled to the trunk's grid or window, and how. needed: rows of the student's own.
+    """A relative position table [rows, H] resampled to the trunk's grid or window, [needed, H], and how.
 
     grid: that of the given table, else it is taken to be a square. Rows about prefix tokens are copied; where the
     student has such tokens and the given model had none they are zero, as at the start of training.
@@ -220,9 +233,13 @@ def rows_before_grid(table: Tensor, expected: int, own: Grid | None = None, stat
 
 
 def move_table(trunk: Any, name: str, table: Tensor, needed: int, grid: Grid | None = None) -> tuple[Tensor, str]:
-    """A position table resampled to the trunk's grid, and how. needed: rows of the student's own table; grid: of the
-    given one, else it is taken to be a square."""
+    """A position table [1, rows, D] resampled to the trunk's grid, [1, needed, D], and how.
+
+    grid: that of the given table, else it is taken to be a square.
+    """
     new: Grid = trunk.grid
+    if needed - math.prod(new) not in (0, 1, 2):  # of another stage than the last, whose places are a square
+        new = (math.isqrt(needed), math.isqrt(needed))
     prefix = needed - math.prod(new)
     found = rows_before_grid(table, prefix, stated=grid)
     side = math.isqrt(table.shape[1] - found)

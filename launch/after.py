@@ -16,7 +16,7 @@ from halfseen.signals import SAVED
 
 from . import records, slurm
 
-FINAL, REFUSED, STALLED = 1, 2, 124  # as in launch/task.py and halfseen/watchdog.py, which import torch
+FINAL, REFUSED, BROKEN, STALLED = 1, 2, 70, 124  # as in launch/task.py and halfseen/watchdog.py, which import torch
 
 # States in which the job is still ours: what happens next is for us to say.
 OURS = ("RUNNING", "")
@@ -53,11 +53,24 @@ def decide(code: int, state: str, *, stop: bool, why: str, fruitless: int, budge
         return Verdict("left", f"Slurm ended the job: {state}")
     if requeue == "never":
         return Verdict("failed", f"{reason}; launch.requeue=never")
-    if fruitless > budget:
+    if fruitless >= budget:
         return Verdict("failed", f"{fruitless} starts in a row brought no newer checkpoint; the last one: {reason}")
     if state in CUT:
         return Verdict("resubmit", f"{state.lower().replace('_', ' ')}; {reason}")
     return Verdict("resubmit" if requeue == "resubmit" else "requeue", reason)
+
+
+def cause(code: int, first: int | None, why: str) -> tuple[int, str]:
+    """Exit code and reason: those of the first rank that ended with a word, else srun's.
+
+    A rank says when something is wrong for good. Where none could, srun's own 1 is a node that did not answer, or a
+    Python that did not start: perhaps not on the next nodes.
+    """
+    if first is not None:
+        return first, why
+    if code in (FINAL, REFUSED):
+        return BROKEN, f"no rank could say why: srun ended with {code}; see halfseen logs"
+    return code, why
 
 
 def meaning(code: int) -> str:
@@ -71,7 +84,7 @@ def meaning(code: int) -> str:
             return f"a rank was ended by {signal.Signals(code - 128).name}"
         except ValueError:
             pass
-    return f"exit code {code}"
+    return f"exit code {code}; see halfseen logs"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,16 +97,17 @@ def main(argv: Sequence[str]) -> int:
     attempt = records.attempt()
     job = records.job_of(attempt)  # not SLURM_JOB_ID, which for the last member of an array names all of them
     state = slurm.fate(job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-    position, told = records.reached(folder), records.story(folder)
+    position = records.reached(folder)
+    if attempt not in {start["attempt"] for start in records.story(folder).starts}:
+        records.add(folder, "started", attempt=attempt, host="", position=position, code="")  # no rank came so far
     budget, requeue = limits(folder)
-    first, why = records.why(folder, attempt)
-    code = first if code and first is not None else code
+    code, why = cause(code, *records.why(folder, attempt)) if code else (0, "")
     verdict = decide(
         code,
         state,
         stop=records.asked_to_stop(folder, job),
         why=why,
-        fruitless=records.fruitless(told.starts, position),
+        fruitless=records.fruitless(records.story(folder).starts, position),
         budget=budget,
         requeue=requeue,
     )

@@ -19,6 +19,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="halfseen board", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], help="runs, or folders of them (runs)")
     given, rest = parser.parse_known_args(argv)
+    if missing := [str(folder) for folder in given.folders if not folder.is_dir()]:
+        raise ConfigError("folder", missing[0], "there is no such folder", "name a run, or a folder of runs")
+    status.refuse_absent(given.folders)
     names = runs_of(given.folders)
     if not names:
         where = ", ".join(map(str, given.folders))

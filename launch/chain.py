@@ -136,11 +136,12 @@ def launch(given: Namespace) -> int:
             print(f"{one.name:<12} job {job} is {state.lower()}")
             continue
         if told.job:
-            print(f"{one.name:<12} again; before: {status.look(one.folder).reason or 'gone without a word'}")
+            print(f"{one.name:<12} again; before: {status.look(one.folder, ask=False).reason or 'gone without a word'}")
         for needed in one.after:
             next(other.folder for other in links if other.name == needed).mkdir(parents=True, exist_ok=True)
         above = [other.folder for other in links[: links.index(one)] if not records.story(other.folder).complete]
         prepared[one.name] = command.prepare(one.stage, one.arguments, one.launch, one.folder, above)
+        command.judge(prepared[one.name].task, one.launch)
     for one in links:
         if one.name not in prepared:
             continue

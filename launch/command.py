@@ -16,14 +16,14 @@ import yaml
 from halfseen.config import ConfigError
 from halfseen.recipes import find_recipe, load, read_layers, recipes, stated, to_yaml
 
-from . import jobs, preflight, records, slurm, snapshot, status, submit
-from .config import Launch
+from . import jobs, preflight, records, slurm, snapshot, submit
+from .config import OF_THE_USER, Launch
 from .task import Task, module_of
 
 USAGE = """\
 halfseen launch STAGE RECIPE_OR_RUN [section.option=value ...] [launch.option=value ...] [--launch FILE]
 halfseen launch teach RECIPE store.folder=FOLDER        a teacher's answers, for distillation runs
-halfseen launch evaluate RUN [--batch N ...]
+halfseen launch evaluate RUN [-- --batch N ...]         behind --: options of halfseen evaluate
 halfseen launch nodes [launch.option=value ...]         a job of a minute: what the nodes really have
 halfseen launch chain FILE                              stages that wait for each other; again: what is missing
 
@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--print-sbatch", action="store_true", help="print a batch script that needs no submitit")
     parser.add_argument("--no-snapshot", action="store_true", help="run whatever the code is when the job starts")
     parser.add_argument("--wait", action="store_true", help="return when it has ended, with its exit code")
-    given = parser.parse_intermixed_args(argv)
+    cut = list(argv).index("--") if "--" in argv else len(argv)
+    given = parser.parse_intermixed_args(argv[:cut])
+    given.arguments += argv[cut + 1 :]
     if given.no_snapshot:
         given.arguments.append("launch.snapshot=false")
     refuse_together(given)
@@ -73,6 +75,9 @@ def main(argv: Sequence[str]) -> int:
     prepared = prepare(given.stage, arguments, launch)
     if given.print_sbatch or given.dry_run:
         return show(prepared, launch, plain=given.print_sbatch, dependency=slurm.dependency(given.after))
+    if given.stage in TRAINING and records.story(prepared.task.folder).complete:
+        print(f"complete  {os.path.relpath(prepared.task.folder)}: nothing is left to do")
+        return 0
     print("\n".join(prepared.lines), flush=True)
     job = start(prepared.task, launch, given.after)
     return wait(prepared.task.folder) if given.wait or launch.cluster == "debug" else tell(prepared.task, job)
@@ -100,11 +105,24 @@ def read_resources(key: str, name: str, overrides: Sequence[str]) -> Launch:
     """A launch config from its file and ``option=value``; a refused option is named as the command line has it."""
     path = resource_file(key, name)
     try:
-        return load(Launch, path, overrides)
+        return with_environment(load(Launch, path, overrides))
     except ConfigError as refused:
         if refused.key in ("recipe", "base"):
             raise
         raise ConfigError(f"launch.{refused.key}", refused.value, refused.reason, refused.fix) from refused
+
+
+def with_environment(launch: Launch) -> Launch:
+    """Resources whose open options are those that the user's environment has for sbatch.
+
+    Set here, and so kept for later starts: a job is submitted without these variables, for sbatch follows them, and not
+    its script, where they differ.
+    """
+    if launch.cluster != "slurm":
+        return launch
+    open_options = [name for name in OF_THE_USER if not getattr(launch, name)]
+    found: dict[str, Any] = {name: os.environ.get(f"SBATCH_{name.upper()}", "") for name in open_options}
+    return replace(launch, **found)
 
 
 def resource_file(key: str, name: str) -> Path:
@@ -170,14 +188,14 @@ def refuse_changed(stage: str, arguments: Sequence[str]) -> None:
     For what is not launched again because it is complete or queued: its numbers would get a wrong name.
     """
     if stage in TRAINING:
-        from halfseen.stage import open_run
+        from halfseen.opening import open_run
 
         open_run(module_of(stage).SCHEMA, arguments)
 
 
 def prepare_run(stage: str, arguments: Sequence[str], launch: Launch, pending: Sequence[Path]) -> Prepared:
     """A training stage: its whole config travels as text."""
-    from halfseen.stage import open_run
+    from halfseen.opening import open_run
 
     module = module_of(stage)
     opened = open_run(module.SCHEMA, arguments)
@@ -213,7 +231,8 @@ def prepare_teach(arguments: Sequence[str], launch: Launch, pending: Sequence[Pa
     """A frozen network's answers: the config of the run that will read them, and records in the store's folder."""
     if not arguments:
         raise ConfigError("recipe", "", "no recipe was named", "halfseen launch teach RECIPE store.folder=FOLDER")
-    config = load(module_of("teach").schema_of(arguments[0]), find_recipe(arguments[0]), arguments[1:])
+    module = module_of("teach")
+    config = load(module.schema_of(arguments[0]), find_recipe(arguments[0]), arguments[1:])
     section, asked = ASKED[config.stage]
     store = attrgetter(section)(config)
     if not store.folder:
@@ -221,7 +240,8 @@ def prepare_teach(arguments: Sequence[str], launch: Launch, pending: Sequence[Pa
     folder = Path(store.folder).absolute()
     store.folder = str(folder)
     lines = preflight.check_teach(config, asked, attrgetter(asked)(config), folder, launch, pending)
-    return Prepared(Task("teach", str(folder), to_yaml(config)), lines)
+    total = module.length_of(config, preflight.images_of(config, "train").images)
+    return Prepared(Task("teach", str(folder), to_yaml(config), total=total), [*lines, f"length    {total:,} images"])
 
 
 def prepare_evaluate(
@@ -245,48 +265,54 @@ def resource_lines(launch: Launch) -> list[str]:
     """The resources, in a line."""
     nodes = f"{launch.min_nodes}-{launch.nodes}" if launch.min_nodes else str(launch.nodes)
     text = f"{nodes} nodes x {launch.tasks} ranks, {launch.gpus_per_node} GPUs a node, {launch.minutes} minutes a start"
-    return [f"cluster   {launch.cluster}: {text}"]
+    chosen = [f", {name} {getattr(launch, name)}" for name in OF_THE_USER if getattr(launch, name)]
+    return [f"cluster   {launch.cluster}: {text}{''.join(chosen)}"]
 
 
 def show(prepared: Prepared, launch: Launch, *, plain: bool, dependency: str = "") -> int:
     """Print what would be queued. --print-sbatch prints the script alone, and leaves beside the run what it needs."""
-    task = replace(prepared.task, code=str(keep_code(prepared.task, launch) or "")) if plain else prepared.task
+    task = prepared.task
     if plain:
+        (task,) = with_code([task], launch)
         task.save()
         (records.where(task.folder) / "launch.yaml").write_text(to_yaml(launch))
         print(submit.plain_script(task, launch), end="")
         return 0
     print("\n".join(prepared.lines))
     if launch.cluster == "slurm":
-        text = submit.script(task, launch, dependency)
-        preflight.check_cluster(text, launch)
-        print(f"\n{text}")
+        judge(task, launch, dependency)
+        print(f"\n{submit.script(task, launch, dependency)}")
     return 0
 
 
 def start(task: Task, launch: Launch, after: Sequence[str] = ()) -> str:
     """Queue one task with the code as it is now; returns the job's number."""
-    task = replace(task, code=str(keep_code(task, launch) or ""))
+    (task,) = with_code([task], launch)
     dependency = slurm.dependency(after)
-    preflight.check_cluster(submit.script(task, launch, dependency) if launch.cluster == "slurm" else "", launch)
+    judge(task, launch, dependency)
     return submit.queue(task, launch, dependency)
 
 
-def keep_code(task: Task, launch: Launch) -> Path | None:
-    """The code snapshot for a task; None for an installed package or without one."""
+def judge(task: Task, launch: Launch, dependency: str = "") -> None:
+    """Have Slurm refuse what it would refuse: partition, account, limits, nodes. ConfigError."""
+    if launch.cluster == "slurm":
+        slurm.judge(submit.script(task, launch, dependency), launch)
+
+
+def with_code(tasks: Sequence[Task], launch: Launch, beside: Path | None = None) -> list[Task]:
+    """Tasks that run from a snapshot of the code as it is now; from an installed package, or without one, as they are.
+
+    beside: the folder whose .code holds it; None: that of the first task's run folder.
+    """
     if not launch.snapshot or launch.cluster == "debug":
-        return None
-    store = Path(launch.snapshots or Path(task.folder).parent / ".code")
+        return list(tasks)
+    store = Path(launch.snapshots or (beside or Path(tasks[0].folder).parent) / ".code")
     taken = snapshot.take(store)
-    if taken:
-        snapshot.prune(store, used_code(store.parent) | {str(taken)})
-    return taken
-
-
-def used_code(root: Path) -> set[str]:
-    """Snapshots that jobs of the runs under a folder still need."""
-    launched = [folder for folder in status.find(root) if (records.where(folder) / "task.json").is_file()]
-    return {Task.read(folder).code for folder in launched if jobs.active(folder)[0]}
+    if taken is None:
+        return list(tasks)
+    snapshot.note(taken, [task.folder for task in tasks])
+    snapshot.prune(store, jobs.may_be_active)
+    return [replace(task, code=str(taken)) for task in tasks]
 
 
 def tell(task: Task, job: str) -> int:
@@ -300,10 +326,11 @@ def wait(folder: Path | str, pause: float = 1.0) -> int:
     """Until a run's job has ended for good; its exit code, 1 if it vanished."""
     while True:
         told = records.story(folder)
-        if told.ended and told.ended["verdict"] not in ("requeue", "resubmit", "left"):
+        if told.ended and told.final:
             print(f"{told.ended['verdict']}: {told.ended['reason'] or folder}", flush=True)
             return int(told.ended["code"])
-        if not jobs.active(folder)[0] and not records.story(folder).ended:
-            print(f"job {told.job} is gone without a word; see `halfseen logs {folder}`", file=sys.stderr)
+        if not jobs.may_be_active(folder) and records.story(folder) == told:
+            why = told.ended["reason"] if told.ended else "without a word"
+            print(f"job {told.job} is gone: {why}; see `halfseen logs {folder}`", file=sys.stderr)
             return 1
         time.sleep(pause)

@@ -6,6 +6,9 @@ from typing import ClassVar, Literal
 
 from halfseen.config import ConfigError, at_least, positive
 
+# Left out, these are what the environment has for sbatch (SBATCH_ACCOUNT, ...), where sites have users put them.
+OF_THE_USER = ("partition", "account", "qos", "constraint")
+
 # Fixed by how a launched run stops and continues; setting them by hand would break that.
 OURS = {
     "signal": "save_seconds",
@@ -29,23 +32,23 @@ class Launch:
     cluster: Literal["slurm", "local", "debug"] = "slurm"  # slurm: sbatch; local: processes here; debug: this process
     nodes: int = 1  # machines
     min_nodes: int | None = None  # the job may start, or start again, on as few as these; None: on nodes only
-    gpus_per_node: int = 0  # 0: on the CPU
+    gpus_per_node: int = 0  # 0: on the CPU; of one type: besides this, sbatch={gres: 'gpu:h100:8'}
     tasks_per_node: int | None = None  # ranks on a node; None: one per GPU, or one
     cpus_per_task: int | None = None  # cores per rank, loader workers included; None: the partition's default
     memory_gib: float | None = None  # memory of a node; None: the partition's default
     gpu_memory_gib: float | None = None  # of one GPU; what cannot fit is refused, what may not is warned of; None: off
     minutes: int = 60  # time limit of one start; a longer run continues in the next one
     save_seconds: int = 120  # the job is asked to save so long before the time limit
-    partition: str = ""  # empty: the cluster's default
-    account: str = ""  # who pays
-    qos: str = ""  # quality of service
-    constraint: str = ""  # node features
+    partition: str = ""  # empty: $SBATCH_PARTITION, or the cluster's default
+    account: str = ""  # who pays; empty: $SBATCH_ACCOUNT, or your default
+    qos: str = ""  # quality of service; empty: $SBATCH_QOS, or your default
+    constraint: str = ""  # node features; empty: $SBATCH_CONSTRAINT, or any
     exclusive: bool = False  # no other job on its nodes
     parallel: int = 0  # members of a sweep that run at once; 0: all
     sbatch: dict[str, str] = field(default_factory=dict)  # more options of sbatch by long name; true: a bare flag
     setup: list[str] = field(default_factory=list)  # shell lines before the ranks start: modules, environment
     srun_args: list[str] = field(default_factory=list)  # more arguments of srun: containers, binding
-    python: str = ""  # what starts Python in the job; empty: the Python that submits
+    python: str = ""  # what starts Python on the nodes, e.g. a container's; empty: the Python that submits
     interface: str = ""  # network interface of gloo and nccl, e.g. ib0; empty: they choose
     requeue: Literal["auto", "resubmit", "never"] = "auto"  # auto: requeue, a new job where that is not allowed
     fruitless: int = 3  # starts in a row without a newer checkpoint after which it is not started again

@@ -12,12 +12,20 @@ WAITING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQU
 def active(folder: Path | str) -> tuple[str, str]:
     """Number and state of the job that is queued or running for a run folder; two empty strings if none is."""
     told = records.story(folder)
-    if not told.job:
+    if not told.job or told.cluster == "debug":  # which is the process that launches
         return "", ""
     if told.cluster == "local":
         return (told.job, "RUNNING") if told.ended is None and alive(told.job) else ("", "")
     state = slurm.states([told.job]).get(told.job, "")
     return (told.job, state) if state in WAITING else ("", "")
+
+
+def may_be_active(folder: Path | str) -> bool:
+    """Whether a run's job may still go on; true while Slurm does not answer. For whoever waits for its end."""
+    try:
+        return bool(active(folder)[0])
+    except OSError:
+        return True
 
 
 def alive(process: str) -> bool:

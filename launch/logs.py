@@ -51,7 +51,7 @@ def follow(run: Path, rank: int, lines: int, pause: float = 0.5) -> None:
     """Print what is added until no job is active; goes over to the next job of a resubmission."""
     shown, offset = None, 0
     while True:
-        active = bool(jobs.active(run)[0])
+        active = jobs.may_be_active(run)
         path = file_of(run, records.story(run).job, rank)
         if path != shown:
             shown, offset = path, 0

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfseen.config import Engine
 from halfseen.distributed import World
+from halfseen.engine_config import Engine
 
 IMAGES = 2  # that go through the student; what is kept grows with their number
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from halfseen.config import Batches, ConfigError
+from halfseen.config import ConfigError
+from halfseen.derived import Batches, Spans
 from halfseen.recipes import changes
 
-from . import records, slurm
+from . import records
 from .config import Launch
 
 # File systems that only this machine sees. Its disk may be shared with the nodes or not: nobody can tell from here.
@@ -34,7 +35,7 @@ class Facts:
 def check_run(opened: Any, launch: Launch, module: Any, pending: Sequence[Path] = ()) -> Facts:
     """Check a training stage's config against its resources. Touches no GPU and starts nothing.
 
-    opened: from halfseen.stage.open_run. pending: folders that stages before this one are to fill; what can only be
+    opened: from halfseen.opening.open_run. pending: folders that stages before this one are to fill; what can only be
     made from them is not looked at. Raises ConfigError for the first thing that cannot work.
     """
     from halfseen.distributed import World
@@ -79,8 +80,6 @@ def awaits(config: Any, pending: Sequence[Path]) -> str:
 
 def without_parts(config: Any, folder: Path, batches: Sequence[Batches], read: str, awaited: str) -> Facts:
     """What can be said of a stage that learns from one which has not run: all but its networks."""
-    from halfseen.stage import Spans
-
     images = images_of(config, "train").images
     facts = describe(folder, images, read, batches, Spans.derive(config, images, batches[0].total).total)
     facts.lines += [f"note      {awaited} is made by a stage above: model and memory are checked when the job starts"]
@@ -246,15 +245,16 @@ def images_of(config: Any, part: str) -> Any:
 
 def check_folder(folder: Path, launch: Launch) -> None:
     """Refuse a run folder that cannot be written, or that other nodes cannot see."""
-    probe = records.where(folder) / f".probe-{uuid.uuid4().hex}"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            "run.folder", str(folder), f"cannot be written: {error.strerror}", "name one on a shared disk of yours"
-        ) from error
+    there = [folder / name for name in ("", "checkpoints", "tensorboard") if (folder / name).exists()]
+    for place in (records.where(folder), *there):
+        probe = place / f".probe-{uuid.uuid4().hex}"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            reason = f"{place} cannot be written: {error.strerror}"
+            raise ConfigError("run.folder", str(folder), reason, "name one on a shared disk of yours") from error
     kind = file_system(folder)
     if launch.cluster == "slurm" and kind in PRIVATE:
         raise ConfigError(
@@ -294,12 +294,6 @@ def check_packages(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError("launch", name, f"the package {name} is not installed", f"pip install {name}")
-
-
-def check_cluster(script: str, launch: Launch) -> None:
-    """Let Slurm judge the batch script: partition, account, limits, nodes."""
-    if launch.cluster == "slurm":
-        slurm.judge(script, launch)
 
 
 def check_python(launch: Launch) -> None:

@@ -37,10 +37,21 @@ def newest(folder: Path | str) -> int:
 
 def reached(folder: Path | str) -> int:
     """Images that a start need not repeat: up to the newest checkpoint, or answered in a store of `halfseen teach`."""
+    return answered(folder) or newest(folder)
+
+
+def answered(folder: Path | str) -> int:
+    """Images answered in a store of `halfseen teach`, 0 if the folder is none. Its shards are whole: the last one may
+    reach beyond what was asked for."""
     store = Path(folder) / "store.json"
     if not store.is_file():
-        return newest(folder)
-    return int(json.loads(store.read_text())["store.shard_images"]) * len(list(store.parent.glob("positions-*.tar")))
+        return 0
+    return int(json.loads(store.read_text())["store.shard_images"]) * len(shards(folder))
+
+
+def shards(folder: Path | str) -> list[Path]:
+    """The shards that a store of `halfseen teach` has so far."""
+    return list(Path(folder).glob("positions-*.tar"))
 
 
 def attempt() -> str:
@@ -110,6 +121,11 @@ def ask_to_stop(folder: Path | str, job: str) -> None:
     (where(folder) / "stop").write_text(job + "\n")
 
 
+def take_back_stop(folder: Path | str) -> None:
+    """Forget ``ask_to_stop``."""
+    (where(folder) / "stop").unlink(missing_ok=True)
+
+
 def asked_to_stop(folder: Path | str, job: str) -> bool:
     """Whether ``ask_to_stop`` was called for this job."""
     path = where(folder) / "stop"
@@ -138,6 +154,11 @@ class Story:
     ended: dict[str, Any] | None = None  # the newest job's last "ended", if nothing came after it
     starts: list[dict[str, Any]] = field(default_factory=list)  # since the last launch by hand
     reasons: list[str] = field(default_factory=list)  # why it was started again, oldest first
+
+    @property
+    def final(self) -> bool:
+        """Whether its newest job has ended for good, in a way that the folder knows."""
+        return self.ended is not None and self.ended["verdict"] in ("complete", "failed", "stopped", "saved")
 
     @property
     def complete(self) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 from halfseen.config import ConfigError
 
-PATIENCE = 60  # seconds a command of Slurm may take
+PATIENCE = 120  # seconds a command of Slurm may take; it waits for a silent slurmctld by itself, too
+TRIES, PAUSE = 10, 15.0  # how often, and seconds apart, a silent slurmctld is asked again by a job that ends
 LOOKS, SETTLE = 5, 1.0  # how often, and after how many seconds each, dependencies are looked at again
 
 # Variables that belong to the job or the ranks around us. A job submitted with them would inherit its parent's
@@ -23,6 +24,9 @@ KEPT = ("SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS")
 # States after which a job that waits with afterok never starts.
 DEAD = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "PREEMPTED")
 
+# What a command says, in lower case, whose slurmctld is silent: restarting, overloaded, or cut off.
+SILENT = ("unable to contact slurm", "socket timed out", "standby mode", "configuration source")
+
 # A part of what sbatch says -> what to do about it.
 FIXES = (
     ("invalid partition", "launch.partition", "name one of `sinfo -o %R`"),
@@ -32,7 +36,10 @@ FIXES = (
     ("more processors requested", "launch.cpus_per_task", "ask for what `sinfo -o '%c %G'` shows a node has"),
     ("node configuration is not available", "launch.nodes", "ask for nodes, GPUs and memory that `sinfo -N -l` shows"),
     ("requested node configuration", "launch.nodes", "ask for nodes, GPUs and memory that `sinfo -N -l` shows"),
+    ("invalid gres", "launch.gpus_per_node", "name the type in launch.sbatch, e.g. {gres: 'gpu:h100:8'}"),
     ("invalid generic resource", "launch.gpus_per_node", "the nodes have no such GPUs; see `sinfo -o '%N %G'`"),
+    ("violates accounting/qos policy", "launch.qos", "`sacctmgr show qos` shows limits, `squeue --me` what counts"),
+    ("job array specification", "--sweep", "shorten it: `scontrol show config` has MaxArraySize"),
     ("time limit", "launch.minutes", "see the limits with `sinfo -o '%R %l'`"),
     ("node count", "launch.nodes", "see the limits with `scontrol show partition`"),
     ("memory specification", "launch.memory_gib", "ask for less; see `sinfo -o '%N %m'`"),
@@ -82,6 +89,21 @@ def ask(*command: str, text: str | None = None) -> subprocess.CompletedProcess[s
             raise OSError(f"`{' '.join(command)}` gave no answer in {PATIENCE} s; is slurmctld up?") from error
 
 
+def silent(answer: subprocess.CompletedProcess[str]) -> bool:
+    """Whether a command failed because slurmctld does not answer."""
+    return bool(answer.returncode) and any(part in answer.stderr.lower() for part in SILENT)
+
+
+def persist(*command: str) -> subprocess.CompletedProcess[str]:
+    """Like ``ask``, until slurmctld answers: a job that ends while it restarts must still be queued again."""
+    for _ in range(TRIES):
+        answer = ask(*command)
+        if not silent(answer):
+            break
+        time.sleep(PAUSE)
+    return answer
+
+
 def refusal(said: str, launch: Any = None) -> ConfigError:
     """What sbatch said, as an option to correct. launch: the resources, to show the option's value."""
     lines = [line for line in said.strip().splitlines() if line.strip()] or ["sbatch failed"]
@@ -114,12 +136,14 @@ def judge(script: str, launch: Any = None) -> None:
 def states(jobs: Sequence[str]) -> dict[str, str]:
     """State of each job Slurm still knows: PENDING, RUNNING, COMPLETED, CANCELLED, ...
 
-    Forgotten ones are left out.
+    Forgotten ones are left out. OSError if Slurm does not answer: that says nothing about a job.
     """
     found: dict[str, str] = {}
     if not jobs or not present():
         return found
     answer = ask("squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T", f"--jobs={','.join(jobs)}")
+    if silent(answer):
+        raise OSError(f"Slurm does not answer: {answer.stderr.strip()}")
     for line in answer.stdout.splitlines():
         shown, number, state = line.strip().split("|")
         found[shown] = found[number] = state
@@ -138,12 +162,21 @@ def state_of(job: str) -> str:
     return match[1] if match else ""
 
 
+def waits(jobs: Sequence[str]) -> dict[str, str]:
+    """Why pending jobs have not begun, in Slurm's word: Priority, Resources, Dependency, PartitionTimeLimit, ..."""
+    if not jobs:
+        return {}
+    answer = ask("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i|%r", f"--jobs={','.join(jobs)}")
+    pairs = (line.strip().partition("|") for line in answer.stdout.splitlines())
+    return {job: reason for job, _, reason in pairs}
+
+
 def fate(job: str, restarts: int) -> str:
     """What becomes of the job this process runs in: RUNNING while that is ours to say, else what ended it.
 
     restarts: SLURM_RESTART_COUNT of this start. Slurm calls all that is ending COMPLETING; why, stands elsewhere.
     """
-    answer = ask("scontrol", "--oneliner", "show", "job", job).stdout
+    answer = persist("scontrol", "--oneliner", "show", "job", job).stdout
     found = dict(re.findall(r"(\w+)=(\S*)", answer))
     state = found.get("JobState", "")
     if state != "COMPLETING":
@@ -161,7 +194,7 @@ def requeue(job: str) -> str:
     The command ignores SIGTERM: what it does is to end the job it runs in, and Slurm's signal may come back before its
     own answer.
     """
-    answer = ask("sh", "-c", 'trap "" TERM; exec scontrol requeue "$0"', job)
+    answer = persist("sh", "-c", 'trap "" TERM; exec scontrol requeue "$0"', job)
     return answer.stderr.strip() if answer.returncode else ""
 
 

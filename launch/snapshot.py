@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import halfseen
@@ -22,7 +23,9 @@ FOLDERS = {
     "configs": "halfseen/configs",
 }
 
-KEEP_DAYS = 30  # a snapshot no job has been launched with for so long is removed
+KEEP_DAYS = 30  # a snapshot that no job was launched with or has started from for so long is removed
+MOST = 256 << 20  # bytes of a snapshot: more is no code but data that lies among it
+USERS = "users.txt"  # in a snapshot: the run folders it was launched for
 
 
 def take(store: Path) -> Path | None:
@@ -39,6 +42,7 @@ def take(store: Path) -> Path | None:
         return None
     refuse_hidden()
     files = {inside(name): root / name for name in listed(root)}
+    refuse_large(files.values())
     digest = hashlib.blake2b(digest_size=12)
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
@@ -60,6 +64,20 @@ def take(store: Path) -> Path | None:
     return final
 
 
+def refuse_large(files: Iterable[Path]) -> None:
+    """Raise ConfigError for more than any code takes, with the largest file."""
+    sizes = {path: path.stat().st_size for path in files}
+    total = sum(sizes.values())
+    if total > MOST:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise ConfigError(
+            "launch.snapshot",
+            True,
+            f"the package's folders hold {total / 2**20:,.0f} MiB; {largest} alone {sizes[largest] / 2**20:,.0f}",
+            "move data out of them, or have git ignore it, or give --no-snapshot",
+        )
+
+
 def refuse_hidden() -> None:
     """Raise ConfigError where Python would look into the current folder before the snapshot."""
     if sys.version_info < (3, 11) and Path("halfseen").is_dir():
@@ -73,6 +91,8 @@ def refuse_hidden() -> None:
 
 def listed(root: Path) -> list[str]:
     """Files of the package that git tracks or does not ignore and that exist, relative to the checkout."""
+    if shutil.which("git") is None:
+        raise ConfigError("launch.snapshot", True, "there is no git on PATH", "load its module, or give --no-snapshot")
     command = ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard", "-z", "--", *FOLDERS]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if answer.returncode:
@@ -97,16 +117,25 @@ def state(root: Path) -> dict[str, object]:
     return {"commit": commit.stdout.strip() or None, "dirty": bool(status.stdout.strip())}
 
 
-def prune(store: Path, used: set[str], now: float | None = None) -> list[Path]:
-    """Remove snapshots that no job was launched with for KEEP_DAYS and that no queued job needs; returns them.
+def note(taken: Path, folders: Iterable[str]) -> None:
+    """Write down that runs were launched with a snapshot."""
+    with (taken / USERS).open("a") as file:
+        file.write("".join(f"{folder}\n" for folder in folders))
 
-    used: folders that queued or running jobs need.
+
+def prune(store: Path, busy: Callable[[str], bool], now: float | None = None) -> list[Path]:
+    """Remove snapshots that nobody has used for KEEP_DAYS and that no queued or running job needs; returns them.
+
+    busy: whether a run folder has such a job; asked of the runs that an old snapshot was launched for.
     """
     limit = (now if now is not None else time.time()) - KEEP_DAYS * 86400
     gone = []
     for path in sorted(store.iterdir()) if store.is_dir() else []:
         ours = (path / "snapshot.json").is_file() or path.name.startswith(".partial-")
-        if ours and path.stat().st_mtime < limit and str(path.absolute()) not in used:
+        if not ours or path.stat().st_mtime >= limit:
+            continue
+        users = set((path / USERS).read_text().splitlines()) if (path / USERS).is_file() else set()
+        if not any(busy(folder) for folder in users):
             shutil.rmtree(path)
             gone.append(path)
     return gone

@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], help="runs, or folders of them (runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object per run")
     given = parser.parse_args(argv)
-    for folder in given.folders:
-        if not folder.is_dir():
-            raise ConfigError("folder", str(folder), "there is no such folder", "name a run, or a folder of runs")
+    refuse_absent(given.folders)
     runs = [run for folder in given.folders for run in find(folder)]
-    known = slurm.states([told.job for run in runs if (told := records.story(run)).job and told.cluster == "slurm"])
-    seen = [look(run, known=known) for run in runs]
+    seen = look_together(runs)
     if given.json:
         for one in seen:
             print(json.dumps(vars(one) | {"folder": str(one.folder)}))
@@ -57,8 +55,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def refuse_absent(folders: Sequence[Path]) -> None:
+    """Raise ConfigError for a folder that is not there."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError("folder", str(folder), "there is no such folder", "name a run, or a folder of runs")
+
+
 def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """Run folders in a folder, itself included; not what lies inside a run that is no run."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return  # another user's
     if (folder / "launch/task.json").is_file() or (folder / "metrics.jsonl").is_file():
         yield folder
     if depth:
@@ -68,35 +75,69 @@ def find(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
                 yield from find(path, depth - 1)
 
 
-def look(folder: Path, *, known: dict[str, str] | None = None, ask: bool = True) -> Seen:
-    """What a run folder and Slurm say. known: states of jobs already asked for. ask=False: the folder alone."""
+def look_together(runs: Sequence[Path]) -> list[Seen]:
+    """What run folders and Slurm say, asked once for all of them; the folders alone where Slurm does not answer."""
+    stories = (records.story(run) for run in runs)
+    numbers = [told.job for told in stories if told.job and told.cluster == "slurm" and not told.final]
+    try:
+        if numbers:
+            slurm.refuse_absent()
+        known, waits = slurm.states(numbers), slurm.waits(numbers)
+    except (ConfigError, OSError) as error:
+        reason = error.reason if isinstance(error, ConfigError) else error
+        print(f"note: {reason}; this is what the folders say", file=sys.stderr)
+        return [look(run, ask=False) for run in runs]
+    return [look(run, known=known, waits=waits) for run in runs]
+
+
+def look(
+    folder: Path, *, known: dict[str, str] | None = None, waits: Mapping[str, str] | None = None, ask: bool = True
+) -> Seen:
+    """What a run folder and Slurm say.
+
+    known, waits: states of jobs already asked for, and what pending ones wait for. ask=False: the folder alone.
+    """
     told = records.story(folder)
     if known is None:
         known = slurm.states([told.job]) if ask and told.cluster == "slurm" and told.job else {}
     numbers = last_numbers(folder / "metrics.jsonl")
-    position = int(numbers.get("position") or 0)
+    position, speed = int(numbers.get("position") or 0), float(numbers.get("images_per_second") or 0.0)
     total = 0
     if (records.where(folder) / "task.json").is_file():
         total = int(json.loads((records.where(folder) / "task.json").read_text())["total"])
+    answered = records.answered(folder)
+    if answered:
+        position, speed = min(answered, total or answered), answers_per_second(folder, told)
+    reason = told.ended["reason"] if told.ended and not told.complete else "; ".join(told.reasons[-1:])
+    if waits and told.job in waits:
+        reason = "; ".join(filter(None, [f"waits: {waits[told.job]}", reason]))
     return Seen(
         folder,
         told.job,
         state_of(told, known.get(told.job, ""), ask),
         position,
         total,
-        float(numbers.get("images_per_second") or 0.0),
-        checkpoint(folder),
+        speed,
+        f"{len(records.shards(folder))} shards" if answered else checkpoint(folder),
         max(0, len(told.starts) - 1),
-        told.ended["reason"] if told.ended and not told.complete else "; ".join(told.reasons[-1:]),
+        reason,
         numbers,
     )
+
+
+def answers_per_second(folder: Path, told: records.Story) -> float:
+    """Speed of the newest start of `halfseen teach`, start-up included; 0 before its first shard."""
+    if not told.starts:
+        return 0.0
+    seconds = max(path.stat().st_mtime for path in records.shards(folder)) - told.starts[-1]["time"]
+    return max(0.0, (records.answered(folder) - told.starts[-1]["position"]) / seconds) if seconds > 0 else 0.0
 
 
 def state_of(told: records.Story, state: str, ask: bool = True) -> str:
     """One word: what the folder knows where it is final, else what Slurm says."""
     if not told.job:
         return "not launched"
-    if told.ended and told.ended["verdict"] in ("complete", "failed", "stopped", "saved"):
+    if told.ended and told.final:
         return str(told.ended["verdict"])
     if told.cluster == "slurm":
         if state in ("COMPLETED", "FAILED", "NODE_FAIL") or (ask and not state):

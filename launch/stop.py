@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
         "--now", action="store_true", help="end it at once: what came after the last checkpoint is lost"
     )
     given = parser.parse_args(argv)
+    status.refuse_absent(given.folders)
     stopped = [stop(run, now=given.now) for folder in given.folders for run in status.find(folder)]
     if not any(stopped):
         print("nothing is queued or running there")
@@ -33,10 +34,12 @@ def stop(folder: Path, *, now: bool) -> bool:
     if local:
         # submitit's controller passes SIGTERM on to the ranks; SIGINT ends them.
         os.kill(int(job), signal.SIGINT if now else signal.SIGTERM)
-    elif now or state != "RUNNING":
-        slurm.cancel(job)
     else:
-        slurm.cancel(job, "USR2")
+        try:
+            slurm.cancel(job, *(["USR2"] if state == "RUNNING" and not now else []))
+        except OSError:  # another user's: it must not stop later either, when nobody thinks of this
+            records.take_back_stop(folder)
+            raise
     how = "ended" if now or (state != "RUNNING" and not local) else "asked to save and end"
     print(f"{folder}: job {job} {how}; `halfseen launch` continues it")
     return True

@@ -25,6 +25,14 @@ def python_of(launch: Launch) -> str:
     return launch.python or shlex.quote(sys.executable)
 
 
+def python_outside(launch: Launch) -> str:
+    """What starts Python in the batch script itself, as the shell reads it. It needs Slurm's commands, which a
+    container lacks: then it is the Python that submits."""
+    contained = any(argument.startswith("--container") for argument in launch.srun_args)
+    wrapped = launch.python and not Path(launch.python.split()[0]).name.startswith("python")
+    return shlex.quote(sys.executable) if contained or wrapped else python_of(launch)
+
+
 def before(task: Task, launch: Launch) -> list[str]:
     """Shell lines of the batch script before srun."""
     lines = list(launch.setup)
@@ -48,7 +56,7 @@ def before(task: Task, launch: Launch) -> list[str]:
 
 def behind(task: Task, launch: Launch, *more: str) -> list[str]:
     """Shell lines of the batch script after srun: why it ended, and whether it starts again."""
-    command = [python_of(launch), "-m", "halfseen.launch.after", '"$code"', shlex.quote(task.folder)]
+    command = [python_outside(launch), "-m", "halfseen.launch.after", '"$code"', shlex.quote(task.folder)]
     return ["code=$?", "trap '' TERM", "exec " + " ".join([*command, *map(shlex.quote, more)])]
 
 
@@ -60,6 +68,12 @@ def srun_arguments(launch: Launch) -> list[str]:
 def elastic(launch: Launch) -> bool:
     """Whether the job may start on different numbers of nodes."""
     return launch.min_nodes is not None and launch.min_nodes < launch.nodes
+
+
+def gpus(launch: Launch) -> int | None:
+    """GPUs to ask for by number; none where ``launch.sbatch`` asks for them, by type: Slurm refuses both."""
+    asked = {"gres", "gpus", "gpus-per-node"} & {name.replace("_", "-") for name in launch.sbatch}
+    return None if asked else launch.gpus_per_node or None
 
 
 def sbatch_options(launch: Launch) -> dict[str, Any]:
@@ -86,7 +100,7 @@ def executor(task: Task, launch: Launch, dependency: str = "", *more: str) -> An
         timeout_min=launch.minutes,
         nodes=launch.nodes,
         tasks_per_node=None if elastic(launch) else launch.tasks,
-        gpus_per_node=launch.gpus_per_node or None,
+        gpus_per_node=gpus(launch),
         cpus_per_task=launch.cpus_per_task,
         mem_gb=launch.memory_gib,
         stderr_to_stdout=True,
@@ -98,7 +112,7 @@ def executor(task: Task, launch: Launch, dependency: str = "", *more: str) -> An
             slurm_qos=launch.qos or None,
             slurm_constraint=launch.constraint or None,
             slurm_exclusive=launch.exclusive or None,
-            slurm_array_parallelism=launch.parallel or None,
+            slurm_array_parallelism=launch.parallel or sys.maxsize,  # None: 256
             slurm_dependency=dependency or None,
             slurm_signal_delay_s=launch.save_seconds,
             slurm_setup=before(task, launch),
@@ -123,7 +137,7 @@ def plain_script(task: Task, launch: Launch) -> str:
         "time": launch.minutes,
         "nodes": launch.nodes,
         "ntasks-per-node": None if elastic(launch) else launch.tasks,
-        "gpus-per-node": launch.gpus_per_node,
+        "gpus-per-node": gpus(launch),
         "cpus-per-task": launch.cpus_per_task,
         "mem": f"{round(launch.memory_gib * 1024)}M" if launch.memory_gib else None,
         "partition": launch.partition,
@@ -153,7 +167,7 @@ def queue(task: Task, launch: Launch, dependency: str = "", *, again: bool = Fal
     folder.mkdir(parents=True, exist_ok=True)
     task.save()
     (folder / "launch.yaml").write_text(to_yaml(launch))
-    (folder / "stop").unlink(missing_ok=True)
+    records.take_back_stop(task.folder)
     made = executor(task, launch, dependency)
     with slurm.outside_job(), code_first(task, launch):
         try:

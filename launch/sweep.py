@@ -7,7 +7,6 @@ import os
 import uuid
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 from halfseen.config import ConfigError
 from halfseen.recipes import to_yaml
 
-from . import command, jobs, preflight, records, slurm, status, submit
+from . import command, jobs, records, slurm, status, submit
 from .config import Launch
 from .task import Task
 
@@ -66,6 +65,8 @@ def launch(given: Namespace, resources: Launch, arguments: Sequence[str]) -> int
         prepared.append(command.prepare(given.stage, words, resources))
         print(f"{folder.name}       {' '.join(overrides)}")
     print(f"sweep     {base}: {len(prepared)} members to run, {skipped} are complete or queued")
+    if prepared:
+        command.judge(prepared[0].task, resources, slurm.dependency(given.after))
     if given.dry_run:
         return 0
     records.where(base).mkdir(parents=True, exist_ok=True)
@@ -74,16 +75,16 @@ def launch(given: Namespace, resources: Launch, arguments: Sequence[str]) -> int
     if not prepared:
         write_table(base)
         return 0
-    code = command.keep_code(prepared[0].task, replace(resources, snapshots=resources.snapshots or str(base / ".code")))
-    tasks = [replace(one.task, code=str(code or "")) for one in prepared]
+    tasks = command.with_code([one.task for one in prepared], resources, base)
     codes = []
     if resources.cluster != "slurm":
         for task in tasks:  # this machine runs one at a time
             submit.queue(task, resources)
             codes.append(command.wait(task.folder))
     else:
-        job = array(base, tasks, resources, slurm.dependency(given.after))
-        print(f"queued    job array {job}: halfseen status {os.path.relpath(base)}")
+        queue = array if len(tasks) > 1 else single  # submitit makes no array of one
+        job = queue(base, tasks, resources, slurm.dependency(given.after))
+        print(f"queued    job {job}: halfseen status {os.path.relpath(base)}")
         codes += [command.wait(task.folder) for task in tasks] if given.wait else []
     write_table(base)
     if given.wait:
@@ -97,11 +98,10 @@ def array(base: Path, tasks: Sequence[Task], resources: Launch, dependency: str)
     members = records.where(base) / f"array-{key}.json"
     members.write_text(json.dumps([task.folder for task in tasks]) + "\n")
     shared = Task(tasks[0].stage, str(base), code=tasks[0].code)
-    preflight.check_cluster(submit.script(shared, resources, dependency), resources)
     for task in tasks:
         task.save()
         (records.where(task.folder) / "launch.yaml").write_text(to_yaml(resources))
-        (records.where(task.folder) / "stop").unlink(missing_ok=True)
+        records.take_back_stop(task.folder)
     made = submit.executor(shared, resources, dependency, key)
     with slurm.outside_job():
         try:
@@ -114,6 +114,11 @@ def array(base: Path, tasks: Sequence[Task], resources: Launch, dependency: str)
             task.folder, "queued", job=str(job.job_id), cluster="slurm", again=False, after=dependency, logs=str(base)
         )
     return str(queued[0].job_id).partition("_")[0]
+
+
+def single(base: Path, tasks: Sequence[Task], resources: Launch, dependency: str) -> str:
+    """Queue the only task that is missing as a job of its own; returns its number."""
+    return submit.queue(tasks[0], resources, dependency)
 
 
 def member(base: str, key: str, number: str) -> str:

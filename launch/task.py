@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -105,26 +105,16 @@ def module_of(stage: str) -> Any:
 
 def run(task: Task) -> int:
     """Run the stage in this process, one rank of the job; returns the exit code."""
-    from halfseen.distributed import MEETING
-
-    attempt, first = records.attempt(), first_rank()
-    os.environ[MEETING] = str(records.where(task.folder))
-    if first:
-        names = {"host": os.uname().nodename, "position": records.reached(task.folder), "code": task.code}
-        records.add(task.folder, "started", attempt=attempt, **names)
-    try:
-        refuse_other_code(task.code)
-        if records.asked_to_stop(task.folder, records.job_of(attempt)):
-            code, text = signals.SAVED, ""
-        else:
-            module = module_of(task.stage)
-            with listening(task, trains=hasattr(module, "SCHEMA")):
-                code = int(module.main([str(task.config_file)] if task.config else list(task.arguments)))
-                text = ""
-    except BaseException as error:
-        code, text = verdict(error)
-        if text and (code != REFUSED or first):  # every rank refuses the same option
-            print(f"error: {text}", file=sys.stderr, flush=True)
+    attempt = records.attempt()
+    # At once: submitit, whose handlers these replace, drops SIGTERM and requeues by itself on USR2, and PyTorch takes
+    # seconds to import, minutes where hundreds of ranks read it from one file server.
+    with signals.Signals() as asked:
+        try:
+            code, text = attempted(task, attempt, asked), ""
+        except BaseException as error:
+            code, text = verdict(error)
+            if text and (code != REFUSED or first_rank()):  # every rank refuses the same option
+                print(f"error: {text}", file=sys.stderr, flush=True)
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # nothing is left to save, and the code must come through
     if code:
@@ -133,12 +123,37 @@ def run(task: Task) -> int:
     return code
 
 
+def attempted(task: Task, attempt: str, asked: signals.Signals) -> int:
+    """Write down that a start has begun, and run its stage; returns the exit code."""
+    from halfseen.distributed import MEETING
+
+    os.environ[MEETING] = str(records.where(task.folder))
+    if first_rank():
+        names = {"host": os.uname().nodename, "position": records.reached(task.folder), "code": task.code}
+        records.add(task.folder, "started", attempt=attempt, **names)
+        if task.code:
+            with suppress(OSError):  # another's, or read-only
+                os.utime(task.code)  # in use: not to be removed as old
+    refuse_other_code(task.code)
+    if records.asked_to_stop(task.folder, records.job_of(attempt)):
+        return signals.SAVED
+    module = module_of(task.stage)
+    if not hasattr(module, "SCHEMA"):
+        if asked.number:
+            return signals.SAVED
+        leave_at_once(task, attempt)
+    return int(module.main([str(task.config_file)] if task.config else list(task.arguments)))
+
+
 def verdict(error: BaseException) -> tuple[int, str]:
     """Exit code of an exception, and what to say about it."""
+    from halfseen.lock import Taken
     from halfseen.loop import AnotherRank
 
     if isinstance(error, SystemExit):
         return (error.code if isinstance(error.code, int) else int(bool(error.code))), ""
+    if isinstance(error, Taken):  # by ranks on a lost node, until the file system or Slurm has noticed
+        return BROKEN, message(error)
     if isinstance(error, ConfigError):
         return REFUSED, str(error)
     if isinstance(error, OSError):
@@ -152,23 +167,19 @@ def verdict(error: BaseException) -> tuple[int, str]:
     return BROKEN, "".join(traceback.format_exception_only(error)).strip()
 
 
-def listening(task: Task, trains: bool) -> AbstractContextManager[Any]:
-    """From now on a signal asks to save and leave, also during start-up, before the loop listens.
-
-    What does not train has nothing to save: it leaves at once, and is run again from its beginning.
-    """
-    if trains:
-        return signals.Signals()
+def leave_at_once(task: Task, attempt: str) -> None:
+    """From now on a signal ends this rank: what does not train has nothing to save, and begins anew, or where its files
+    end."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        records.say_why(task.folder, records.attempt(), signals.SAVED, "")
+        records.say_why(task.folder, attempt, signals.SAVED, "")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(signals.SAVED)  # at once: it may be waiting for other ranks
+        os._exit(signals.SAVED)  # it may be waiting for other ranks
 
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, leave)
-    return nullcontext()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def refuse_other_code(code: str) -> None:

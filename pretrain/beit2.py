@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from halfseen.config import ConfigError, at_least, positive
 from halfseen.models import ViT
-from halfseen.models.vit import block_flops, blocks_of
+from halfseen.models.build import blocks_of
+from halfseen.models.vit import block_flops
 
 from .collapse import feature_rank
 from .initial import narrow, quieten

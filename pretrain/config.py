@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, positive
+from halfseen.config import Augment, ConfigError, Data, Model, Monitor, Optim, Run, positive
+from halfseen.engine_config import Engine
 from halfseen.models.alternet import AlterNetConfig
 from halfseen.models.hierarchical import TimmConfig
 from halfseen.models.legality import check_visible_only
+from halfseen.models.pyramid import PyramidConfig
 from halfseen.models.sizes import resolve
 from halfseen.models.swin import SwinConfig
 from halfseen.models.trainable import check_trainable
@@ -110,6 +112,7 @@ class Pretrain:
     swin: SwinConfig = field(default_factory=SwinConfig)
     timm: TimmConfig = field(default_factory=TimmConfig)
     alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     objective: Objective = field(default_factory=Objective)
@@ -123,17 +126,8 @@ class Pretrain:
 
     def check(self, key: str) -> None:
         """Combinations of sections that make no sense together."""
-        if self.augment.mixup or self.augment.cutmix:
-            raise ConfigError(
-                "augment.mixup", self.augment.mixup, "mixing labels has no meaning in pretraining", "set it to 0"
-            )
-        if self.augment.randaugment or self.augment.erase:
-            raise ConfigError(
-                "augment.randaugment",
-                self.augment.randaugment,
-                "RandAugment and erasing belong to fine-tuning",
-                "set augment.randaugment= and augment.erase=0",
-            )
+        self.augment.refuse(("mixup", "cutmix"), "mixing labels has no meaning in pretraining")
+        self.augment.refuse(("randaugment", "erase"), "RandAugment and erasing belong to fine-tuning")
         if self.trunk != "vit" and self.objective.name != "mim":
             reason = f"{self.objective.name} needs a trunk of one resolution, and trunk={self.trunk} has several"
             raise ConfigError("objective.name", self.objective.name, reason, "use objective.name=mim, or trunk=vit")

@@ -25,7 +25,7 @@ def initialise_trunk(trunk: ViT) -> None:
 
 
 def narrow_(tensor: Tensor) -> None:
-    """N(0, 0.02), cut off at one deviation."""
+    """Fill a tensor with N(0, 0.02), cut off at one deviation."""
     nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 

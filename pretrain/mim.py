@@ -18,7 +18,7 @@ from .targets import Target
 class MIMConfig:
     """Prediction by one linear map from every hidden token of a trunk that sees all tokens."""
 
-    start: Literal["trunk", "beit"] = "beit"  # initial weights: the trunk's own, or BEiT's narrow normal ones
+    start: Literal["trunk", "beit"] = "beit"  # initial weights of a ViT: the trunk's own, or BEiT's narrow normal ones
     mean: Literal["image", "patch"] = "image"  # what counts equally in the loss; differs for masks of uneven counts
 
 

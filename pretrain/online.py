@@ -51,7 +51,7 @@ class Neighbours:
         return {"probe/knn": share}
 
     def seen(self, engine: Engine, which: str) -> tuple[Tensor, Tensor]:
-        """Features and labels of the bank or of the evaluation set, seen through the centre crop. Collective."""
+        """Unit features float32 [n, D] and labels int64 [n] of the bank or of the evaluation set. Collective."""
         chosen = replace(self.config.data, limit=self.config.online.bank)
         batches = data.evaluation_batches(
             data.open_set(chosen, which),

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfseen.config import Batches, ConfigError, duration, positive
+from halfseen.config import ConfigError, duration, positive
 from halfseen.data import ImageSet
 from halfseen.data import index as indexes
 from halfseen.data.plan import Recent
 from halfseen.data.writer import ShardWriter
+from halfseen.derived import Batches
 
 FORMAT = 1
 DESCRIPTION = "store.json"
@@ -219,8 +220,11 @@ class Stored:
     def rows(self, position: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         """The arrays for positions int64 [B], on the CPU, whose samples have these keys. Raises Missing."""
         arrays = [self._row(place, check) for place, check in zip(position.tolist(), checksums(keys).tolist())]
-        together = {name: np.stack([row[name] for row in arrays]) for name in arrays[0] if name != "key"}
-        return {name: torch.from_numpy(array).to(self.device, non_blocking=True) for name, array in together.items()}
+        names = [name for name in arrays[0] if name != "key"]
+        together = {name: torch.from_numpy(np.stack([row[name] for row in arrays])) for name in names}
+        if self.device.type == "cuda":  # a large copy from memory that is not pinned waits for the device
+            together = {name: tensor.pin_memory() for name, tensor in together.items()}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in together.items()}
 
     def shard(self, first: int) -> Shard:
         """The shard that begins at a position. Raises Missing."""

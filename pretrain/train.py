@@ -9,9 +9,9 @@ import torch
 import torch.distributed
 from torch import nn
 
-from halfseen import data, distributed, stage
-from halfseen.config import Batches
+from halfseen import data, distributed, opening, stage
 from halfseen.data.transforms import Transform, normalise, pretrain_transform
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.engines import Engine
 from halfseen.monitor import Monitor
@@ -26,7 +26,7 @@ SCHEMA = Pretrain
 
 def main(argv: Sequence[str]) -> int:
     """``halfseen pretrain RECIPE_OR_RUN key=value ...``; returns the exit code."""
-    opened = stage.open_run(SCHEMA, argv)
+    opened = opening.open_run(SCHEMA, argv)
     config, folder = opened.config, opened.folder
     with distributed.started(config.engine.device) as world:
         made = parts(config, world, folder)

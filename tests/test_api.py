@@ -157,3 +157,55 @@ def test_importing_halfseen_loads_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = halfseen.lode
+
+
+def test_a_picture_is_the_same_from_a_file_and_from_pillow(tmp_path):
+    see = halfseen.transforms_for(halfseen.load("pretrain/demo"))
+    drawing = Image.new("RGBA", (90, 60), (0, 0, 0, 0))  # transparent, which is laid on white
+    drawing.paste((200, 30, 30, 255), (0, 0, 40, 30))
+    turned = Image.new("RGB", (90, 60), (10, 20, 30))
+    turned.paste((250, 0, 0), (0, 0, 45, 60))
+    tag = turned.getexif()
+    tag[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=tag)
+    drawing.save(tmp_path / "alpha.png")
+    Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(tmp_path / "sixteen.png")
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as picture:
+            assert torch.equal(see(picture), see(path)), path.name
+    backwards = np.asarray(drawing.convert("RGB"))[:, :, ::-1]  # BGR made RGB is a view with negative strides
+    assert see(backwards).shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (b"hello", "these bytes: not an image"),
+        (np.zeros((4, 4), np.uint8), r"uint8 \[3, H, W\], not torch.uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 3)), "not torch.float64"),
+    ],
+)
+def test_what_is_no_picture_is_a_value_error_that_says_so(picture, message, tmp_path):
+    see = halfseen.transforms_for(halfseen.load("pretrain/demo"))
+    with pytest.raises(ValueError, match=message):
+        see(picture)
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.jpg: not an image"):
+        see(tmp_path / "text.jpg")
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 40, 48), torch.zeros(3, 48, 48), torch.zeros(1, 3, 48, 48, dtype=torch.uint8)]
+)
+def test_images_that_do_not_fit_are_refused_with_what_does(images):
+    model = halfseen.load("pretrain/demo")
+    for call in (model, lambda given: model.forward_intermediates(given, [0])):
+        with pytest.raises(ValueError, match=r"images are float \[B, 3, 48, 48\] .*image_size="):
+            call(images)
+
+
+def test_a_source_that_is_nothing_is_refused_as_such():
+    with pytest.raises(
+        ConfigError, match=r"source='pretrain/dem': is no run, weight file or recipe\n  fix: try pretrain/demo"
+    ):
+        halfseen.load("pretrain/dem")

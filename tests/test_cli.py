@@ -8,14 +8,11 @@ import sys
 import pytest
 
 from halfseen import capsule
-from halfseen.cli import COMMANDS, run_stage
+from halfseen.cli import COMMANDS, GROUPS, run_stage
 from halfseen.config import ConfigError
 from halfseen.data.ledger import TooManyBad
 from halfseen.data.reader import StaleIndex
-from halfseen.finetune.config import Finetune
-from halfseen.pretrain.config import Pretrain
-from halfseen.recipes import to_yaml
-from halfseen.stage import open_run
+from halfseen.recipes import find_recipe
 
 
 def command(*arguments):
@@ -30,13 +27,15 @@ def test_every_command_has_a_main(name):
 def test_help_lists_every_command():
     result = command("--help")
     assert result.returncode == 0
-    assert all(name in result.stdout for name in COMMANDS)
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
+    assert all(f"  {name} " in result.stdout for name in COMMANDS)
 
 
 def test_a_typo_is_answered_with_the_near_command():
     result = command("pretrian")
     assert result.returncode == 2
     assert "Did you mean 'pretrain'" in result.stderr
+    assert len(result.stderr.splitlines()) == 2, "the answer must not be lost above a list of commands"
 
 
 def test_a_refused_option_is_a_short_message_not_a_traceback():
@@ -60,62 +59,6 @@ def test_recipes_lists_and_describes():
     fields = command("recipes", "--fields", "pretrain").stdout
     assert "mask.ratio = 0.75" in fields
     assert "model.stem = 'patch'  # " in fields
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain/demo", "--help"], ["pretrain/demo", "run.seed=1", "-h"]])
-def test_help_anywhere_prints_the_usage_of_a_stage(arguments, capsys):
-    with pytest.raises(SystemExit) as left:
-        open_run(Pretrain, arguments)
-    assert left.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: halfseen pretrain ")
-
-
-def stored(schema, folder, **data):
-    """A run folder that holds nothing but its config."""
-    folder.mkdir(parents=True)
-    config = schema()
-    config.run.folder = str(folder)
-    for name, value in data.items():
-        setattr(config.data, name, value)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    return folder
-
-
-@pytest.mark.parametrize("name", ["1e3", "a=b: c, [d", "True"])
-def test_a_run_folder_may_have_any_name(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = stored(Pretrain, tmp_path / name)
-    opened = open_run(Pretrain, [name])
-    assert opened.resumed
-    assert opened.config.run.folder == name
-    assert opened.folder.resolve() == folder.resolve()
-
-
-def test_a_file_is_refused_as_run_folder(tmp_path):
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.folder=.*is a file"):
-        open_run(Pretrain, ["pretrain/demo", f"run.folder={tmp_path / 'taken'}"])
-
-
-def test_a_recipe_or_run_of_another_stage_names_the_right_command(tmp_path):
-    with pytest.raises(ConfigError, match="fix: halfseen finetune finetune/demo"):
-        open_run(Pretrain, ["finetune/demo"])
-    folder = stored(Pretrain, tmp_path / "run")
-    with pytest.raises(ConfigError, match=f"fix: halfseen pretrain {folder}"):
-        open_run(Finetune, [str(folder)])
-    with pytest.raises(ConfigError, match=r"belongs to pretrain.*\n.*run\.folder=ANOTHER_FOLDER"):
-        open_run(Finetune, ["finetune/demo_scratch", f"run.folder={folder}"])
-    (tmp_path / "own.yaml").write_text("stage: finetune\n")
-    with pytest.raises(ConfigError, match=r"fix: halfseen finetune .*own\.yaml"):
-        open_run(Pretrain, [str(tmp_path / "own.yaml")])
-
-
-def test_weights_that_are_not_there_are_refused_before_anything_is_opened(tmp_path):
-    given = ["pretrain/demo", "data.train=nowhere", f"run.init={tmp_path / 'none.pth'}"]
-    with pytest.raises(ConfigError, match=r"run\.init=.*none\.pth.*no such file"):
-        open_run(Pretrain, [*given, f"run.folder={tmp_path / 'run'}"])
-    (tmp_path / "none.pth").write_bytes(b"")
-    assert not open_run(Pretrain, [*given, f"run.folder={tmp_path / 'run'}"]).resumed
 
 
 def failing(error):
@@ -161,3 +104,25 @@ def test_a_refusal_is_said_once_under_torchrun(rank, spoken, monkeypatch, capsys
         run_stage(failing(ConfigError("a.b", 1, "is wrong", "use 2")), [])
     assert left.value.code == 2
     assert bool(capsys.readouterr().err) == spoken
+
+
+def test_a_ctrl_c_is_one_line_and_no_traceback(capsys):
+    with pytest.raises(SystemExit) as left:
+        run_stage(failing(KeyboardInterrupt()), [])
+    assert left.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("demo", "try distill/demo, finetune/demo, pretrain/demo;"),
+        ("pretrain/mae_b", "try pretrain/mae_b16,"),
+        ("nothing like it", "`halfseen recipes` lists them"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_answered_with_near_ones(name, fix):
+    with pytest.raises(ConfigError) as refused:
+        find_recipe(name)
+    assert refused.value.fix.startswith(fix)
+    assert len(refused.value.fix) < 120

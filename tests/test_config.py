@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from halfseen import optim
-from halfseen.config import Batches, ConfigError, Data, Model, Optim, Run, duration
+from halfseen.config import ConfigError, Data, Model, Optim, Run, duration
+from halfseen.finetune.probe_config import Probe
+from halfseen.finetune.segment_config import Segment
 from halfseen.pretrain.config import Pretrain
 from halfseen.recipes import changes, find_recipe, load, recipes, to_yaml
 
@@ -168,9 +168,25 @@ def test_a_recipe_may_leave_a_section_empty_and_name_shards_that_look_like_numbe
     assert [source.shards for source in config.data.train] == ["2012", "b"]
 
 
-def test_pretraining_refuses_label_mixing():
-    with pytest.raises(ConfigError, match=r"augment.mixup"):
-        load(Pretrain, None, ["augment.mixup=0.8"])
+@pytest.mark.parametrize(
+    ("stage", "option", "off"),
+    [
+        (Pretrain, "augment.mixup=0.8", "augment.mixup=0.0"),
+        (Pretrain, "augment.cutmix=1", "augment.cutmix=0.0"),
+        (Pretrain, "augment.erase=0.25", "augment.erase=0.0"),
+        (Probe, "augment.randaugment=rand-m9", "augment.randaugment="),
+        (Probe, "augment.jitter=0.4", "augment.jitter=0.0"),
+        (Segment, "augment.three_augment=true", "augment.three_augment=false"),
+        (Segment, "augment.simple_crop=true", "augment.simple_crop=false"),
+    ],
+)
+def test_a_stage_refuses_augmentation_that_it_would_ignore_by_the_options_own_name(stage, option, off):
+    labels = ["data.classes=4", "data.label=seg.png" if stage is Segment else "data.label=cls"]
+    with pytest.raises(ConfigError) as refusal:
+        load(stage, None, [*labels, option])
+    assert refusal.value.key == option.partition("=")[0]
+    assert refusal.value.fix == f"set {off}"
+    load(stage, None, [*labels, option, off])
 
 
 @pytest.mark.parametrize(
@@ -190,24 +206,6 @@ def test_bad_durations_are_refused(text):
 def test_a_unit_without_meaning_is_refused():
     with pytest.raises(ConfigError, match="no meaning here"):
         duration("run.images", "5%")
-
-
-@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 300))
-def test_batch_split_multiplies_back_and_respects_the_limit(share, world, limit):
-    largest = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
-    if 2 * largest <= min(share, limit):
-        # A prime share, say: running one image at a time is not what was asked for.
-        with pytest.raises(ConfigError, match=r"run\.micro_batch"):
-            Batches.derive(share * world, world, limit)
-        return
-    split = Batches.derive(share * world, world, limit)
-    assert split.world * split.accumulation * split.micro == share * world
-    assert split.micro == largest
-
-
-def test_an_indivisible_global_batch_is_refused_with_the_nearest_one():
-    with pytest.raises(ConfigError, match=r"run\.global_batch=4098"):
-        Batches.derive(4096, 6, None)
 
 
 def test_every_recipe_has_a_line_and_loads():
@@ -248,11 +246,10 @@ def test_epsilon_is_each_optimizers_own_unless_given(overrides, eps):
     assert made.param_groups[0]["eps"] == eps
 
 
-def test_a_name_that_is_near_nothing_lists_what_can_be_run():
+def test_a_name_that_is_near_nothing_tells_where_the_list_is():
     with pytest.raises(ConfigError) as refusal:
         find_recipe("imagenet")
-    assert "pretrain/mae_b16" in str(refusal.value)
-    assert "data/imagenet" not in str(refusal.value)
+    assert refusal.value.fix == "`halfseen recipes` lists them", "and no base, such as data/imagenet"
     with pytest.raises(ConfigError, match="data/imagenet"):
         find_recipe("data/imagnet", base=True)
 

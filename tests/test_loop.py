@@ -12,7 +12,8 @@ from trainee import LONGEST, Log, train
 
 from halfseen import capsule, loop
 from halfseen.checkpoint import Checkpoints
-from halfseen.config import Batches, ConfigError, Optim
+from halfseen.config import ConfigError, Optim
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.loop import due
 from halfseen.optim import Schedule
@@ -232,6 +233,26 @@ def test_a_passing_fault_is_healed_by_going_back(tmp_path):
     assert losses(tmp_path / "healed") == losses(tmp_path / "clean")
 
 
+def goes_back(world, folder, engine):
+    """Losses of a run that goes back once over its healed data, under an engine that keeps masters of its own."""
+    passes = []
+
+    def data(plan, rank, start):
+        passes.append(start)
+        return stream(plan, rank, start, (5 * TOTAL,) if len(passes) == 1 else ())
+
+    return train(folder, world, 9 * TOTAL, data=data, engine=engine, skip_budget=0)[2].losses, passes
+
+
+def test_what_is_gone_back_to_is_what_the_student_computes_with(tmp_path):
+    """With the weights of the second step after the checkpoint the first loss after it would be another."""
+    (tmp_path / "clean").mkdir()
+    clean = train(tmp_path / "clean", World(), 9 * TOTAL)[2].losses
+    found, passes = ranks.run(goes_back, 1, tmp_path, "zero2")[0]
+    assert passes == [0, 3 * TOTAL]
+    assert found == pytest.approx(clean, rel=1e-6)
+
+
 def stops(world, folder, engine):
     """Goes back once, meets the same numbers, stops; then replays what it met."""
     options = {"engine": engine, "skip_budget": 0, "rollback_budget": 1}
@@ -313,6 +334,16 @@ def test_a_replay_names_the_operation_of_a_backward(monkeypatch):
 def test_a_replay_with_another_config_is_refused(stopped):
     with pytest.raises(ConfigError, match=r"run\.seed"):
         replayed(stopped, stream, seed=6)
+
+
+def test_a_replay_from_a_damaged_checkpoint_is_refused(stopped):
+    """It would take another step than the run did."""
+    file = stopped.parents[1] / "checkpoints" / f"img_{3 * TOTAL:012d}" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is damaged: .*__0_0\.distcp: its content has changed"):
+        replayed(stopped, poisoned(4 * TOTAL + 1))
 
 
 def test_what_is_no_capsule_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from types import SimpleNamespace
 
@@ -161,7 +162,7 @@ def test_a_row_cut_short_by_a_crash_is_dropped_and_a_broken_file_is_not_rewritte
 def test_truncation_happens_in_one_move(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"position": 10}\n{"position": 20}\n')
-    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
         keep_rows(path, 10)
     assert path.read_text() == '{"position": 10}\n{"position": 20}\n'
@@ -336,6 +337,7 @@ def test_immediate_scalars_stand_at_their_position_under_their_own_name(tmp_path
         ("NVIDIA L40S", 362.0),
         ("NVIDIA H20", 148.0),
         ("GeForce GTX 1080", None),
+        ("NVIDIA RTX A4000", None),
     ],
 )
 def test_peaks(name, peak):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import halfseen
-from halfseen import delta, origin, stage
+from halfseen import delta, opening, origin
 from halfseen.config import ConfigError, Model
 from halfseen.finetune.config import Finetune
 from halfseen.finetune.segment_config import Segment
@@ -35,7 +35,7 @@ def opened(tmp_path, init, *overrides, recipe="", schema=Finetune):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     given = [str(path), *LABELS, f"run.init={init}", f"run.folder={tmp_path / 'fine'}", *overrides]
-    return stage.open_run(schema, given).config
+    return opening.open_run(schema, given).config
 
 
 def test_options_that_nobody_states_are_those_of_the_weights(tmp_path, run):
@@ -192,5 +192,5 @@ def test_a_recipe_fits_the_run_that_its_command_starts_from(tmp_path, before, af
     (tmp_path / "config.yaml").write_text(to_yaml(load(schema, before)))
     target = Segment if after.startswith("segment") else Finetune
     given = [f"run.init={tmp_path}", f"run.folder={tmp_path / 'fine'}"]
-    config = stage.open_run(target, [after, *given]).config
+    config = opening.open_run(target, [after, *given]).config
     assert config == load(target, find_recipe(after), given), "nothing in the recipe was left to be taken over"

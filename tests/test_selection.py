@@ -9,8 +9,9 @@ from torch import nn
 
 from halfseen import engines, lora, optim, selection
 from halfseen.classification import Classifier, Task
-from halfseen.config import ConfigError, Engine, Model, Optim
+from halfseen.config import ConfigError, Model, Optim
 from halfseen.distributed import World
+from halfseen.engine_config import Engine
 from halfseen.models import ViT
 
 PARTS = ["attention", "mlp", "head", "norms", "bias", "last:1", "lora", "attention+norms"]

@@ -1,8 +1,12 @@
-"""What every stage does around its parts: durations, refusals, data that all ranks share."""
+"""What every stage does around its parts: what it announces, data that all ranks share, starting weights."""
+
+from pathlib import Path
 
 import pytest
+import torch
 
-from halfseen import data, stage
+from halfseen import data, opening, stage
+from halfseen.checkpoint import Checkpoints
 from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.pretrain import train as pretraining
@@ -44,39 +48,10 @@ def test_pretraining_needs_no_labels_whatever_the_recipe_says(tmp_path):
     assert len(batch["key"]) == parts.batches.micro
 
 
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [("run.images=10", "run.images"), ("optim.warmup=200%", "optim.warmup"), ("run.log_every=0", "run.log_every")],
-)
-def test_impossible_durations_are_refused(tmp_path, override, key):
-    config = load(Pretrain, "pretrain/demo", [*TINY, override])
-    with pytest.raises(ConfigError) as refusal:
-        pretraining.parts(config, World(), tmp_path)
-    assert refusal.value.key == key
-
-
-def test_the_rate_drops_at_the_times_named_which_must_lie_between_warmup_and_end(tmp_path):
-    def spans(drops):
-        steps = [
-            "optim.schedule=steps",
-            "run.images=960",
-            "run.global_batch=48",
-            "optim.warmup=96",
-            f"optim.drops={drops}",
-        ]
-        config = load(Pretrain, "pretrain/demo", [*TINY, *steps])
-        return pretraining.parts(config, World(), tmp_path).schedule(config)
-
-    assert spans("[50%,'720']").drops == (480, 720)
-    for outside in ("[5%]", "[100%]"):
-        with pytest.raises(ConfigError) as refusal:
-            spans(outside)
-        assert refusal.value.key == "optim.drops"
-
-
-def test_the_run_ends_on_a_whole_step(tmp_path):
-    config = load(Pretrain, "pretrain/demo", [*TINY, "run.images=100", "run.global_batch=48", "optim.warmup=0"])
-    assert pretraining.parts(config, World(), tmp_path).spans.total == 144
+def test_the_schedule_has_the_times_at_which_the_rate_drops(tmp_path):
+    steps = ["optim.schedule=steps", "run.images=960", "run.global_batch=48", "optim.warmup=96", "optim.drops=[50%]"]
+    config = load(Pretrain, "pretrain/demo", [*TINY, *steps])
+    assert pretraining.parts(config, World(), tmp_path).schedule(config).drops == (480,)
 
 
 def test_weights_that_are_none_are_refused_under_the_option_that_named_them(tmp_path):
@@ -88,20 +63,25 @@ def test_weights_that_are_none_are_refused_under_the_option_that_named_them(tmp_
     assert (refused.value.key, refused.value.value) == ("run.init", str(junk))
 
 
-def test_what_the_number_of_ranks_makes_impossible_is_refused_before_they_meet(monkeypatch, tmp_path):
-    """No rank waits for another to hear it: the launcher's variables are enough."""
+def test_a_run_whose_checkpoints_are_all_damaged_never_begins_anew(tmp_path, capsys):
+    """Weeks of training must not be trained over because a disk was away."""
+    store = Checkpoints(tmp_path / "checkpoints", 3, World())
+    (store.save(10, {"model.a": torch.zeros(1)}, {}) / "manifest.json").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.folder=.*none of its 1 checkpoints is healthy"):
+        stage.restored(None, None, World(), store)
+    assert "img_000000000010 passed over" in capsys.readouterr().err
 
-    def refused(*options):
-        with pytest.raises(ConfigError) as error:
-            stage.open_run(Pretrain, ["pretrain/demo", f"run.folder={tmp_path / 'run'}", *options])
-        return error.value.key
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert refused("run.global_batch=16") == "run.global_batch"
-    assert refused("engine.name=single") == "engine.name"
-    assert refused("engine.name=fsdp", "engine.shard_size=2") == "engine.shard_size"
-    assert refused("engine.name=deepspeed", "optim.name=lamb") == "optim.name"
-    assert refused("engine.name=deepspeed", "engine.extra=/nowhere.json") == "engine.extra"
-    assert refused("engine.offload=true") == "engine.offload"
-    assert not (tmp_path / "run").exists()
+def test_half_a_config_is_no_config(tmp_path, monkeypatch):
+    """A start that is killed while it writes leaves a folder in which the same command begins."""
+    write = Path.write_text
+
+    def killed(path, text):
+        write(path, text[: len(text) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    opened = opening.Opened(load(Pretrain, "pretrain/demo"), tmp_path, False)
+    with pytest.raises(OSError, match="no space"):
+        stage.record(opened, None, World(), None, 0)
+    assert not (tmp_path / "config.yaml").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -170,3 +171,42 @@ def test_the_first_failure_is_kept_and_a_new_start_forgets_it(tmp_path, capsys):
     with Watchdog(tmp_path, 0, World(0, 2)):
         assert not (tmp_path / "failed.txt").exists()
     assert "the first" in capsys.readouterr().err
+
+
+def test_a_rank_ends_even_where_it_cannot_read_why(tmp_path, monkeypatch, capsys):
+    """The folder that told it may be gone with the node that failed."""
+
+    def ended(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(watchdog.os, "_exit", ended)
+    with pytest.raises(SystemExit) as left:
+        Watchdog(tmp_path / "gone", 0, World(rank=1, world=2))._leave()
+    assert left.value.code == 1
+    assert "rank 1 ends: first to fail was told in" in capsys.readouterr().err
+
+
+def test_a_process_that_was_stopped_as_a_whole_begins_anew(tmp_path, monkeypatch):
+    """A laptop's lid, a debugger: no thread of it ran, so its silence says nothing."""
+    ahead, barks, looks = [0.0], [], threading.Semaphore(0)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(watchdog, "LOOK", 0.01)
+    monkeypatch.setattr(Watchdog, "_write", lambda dog: looks.release())
+    monkeypatch.setattr(Watchdog, "_bark", lambda dog, silent: barks.append(silent))
+    with Watchdog(tmp_path, 10.0, World()):
+        for jump in (0.0, 700.0, 0.0):
+            ahead[0] += jump
+            for _ in range(3):
+                assert looks.acquire(timeout=60)
+    assert barks == []
+
+
+def test_rank_0_joins_the_first_that_notices(tmp_path, monkeypatch):
+    """Else that rank's leaving would break rank 0's message, and nobody would name the late one."""
+    barked = threading.Event()
+    monkeypatch.setattr(watchdog, "LOOK", 0.01)
+    monkeypatch.setattr(Watchdog, "_bark", lambda dog, silent: barked.set())
+    with Watchdog(tmp_path, 10.0, World(world=2)):
+        (tmp_path / "stall_rank_1.txt").touch()
+        assert barked.wait(60)

@@ -5,14 +5,20 @@ import copy
 import pytest
 import timm
 import torch
+from small_trunks import FAMILIES
+from timm.layers import resample_abs_pos_embed
+from timm.models.nest import resize_pos_embed
 from torch import nn
 
 from halfseen import weights
 from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError, Model
 from halfseen.models import ViT
+from halfseen.models.hierarchical import TimmConfig, TimmTrunk
 from halfseen.models.positions import resize
+from halfseen.models.pyramid import Pyramid, PyramidConfig
 from halfseen.models.relative import resize_relative
+from halfseen.models.swin import Swin, SwinConfig
 
 
 class Student(nn.Module):
@@ -265,3 +271,78 @@ def test_a_stated_grid_that_the_tables_do_not_have_is_refused():
     given = Student(side=(24, 40)).state_dict()
     with pytest.raises(ConfigError, match=r"run\.init_grid=\[4, 5\]: a position table of 16 rows is no grid of 4x5"):
         weights.initialise(Student(side=48), given, coverage=0.0, grid=(4, 5))
+
+
+@pytest.mark.parametrize("name", ["nest", "tnt", "swin", "pvt_v2", "twins_svt"])
+def test_trunks_of_timm_start_from_weights_for_other_sizes_of_images(name):
+    model, size, options = FAMILIES[name]
+    source, student = (nn.Module(), nn.Module())
+    source.encoder, student.encoder = (TimmTrunk(TimmConfig(model, 0.0, dict(options)), side) for side in (size, 128))
+    if name == "nest":
+        nn.init.normal_(source.encoder.body.levels[1].pos_embed)
+    given = {key: value.clone() for key, value in source.encoder.body.state_dict().items()}
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    assert not report.new
+    ours = student.encoder.body.state_dict()
+    moved = {key.removeprefix("encoder.body.") for key in report.resized}
+    if name == "nest":
+        expected = {key: resize_pos_embed(given[key], ours[key]) for key in given if key.endswith("pos_embed")}
+    elif name == "tnt":
+        moved_table = resample_abs_pos_embed(given["patch_pos"], (8, 8), antialias=False)
+        expected = {"patch_pos": moved_table}
+    else:
+        expected = {}
+    assert moved == expected.keys()
+    for key, value in (given | expected).items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6 if key in expected else 0)
+    assert student.encoder(torch.randn(1, 3, 128, 128)).shape[1] == student.encoder.prefix + student.encoder.tokens
+
+
+def test_a_nest_of_other_levels_is_refused_and_not_squeezed():
+    source, student = nn.Module(), nn.Module()
+    source.encoder, student.encoder = (TimmTrunk(TimmConfig("nest_for_tests"), side) for side in (64, 64))
+    given = source.state_dict()
+    name = "encoder.body.levels.0.pos_embed"
+    given[name] = torch.zeros(1, 64, 4, 8)
+    with pytest.raises(ConfigError, match="needed as"):
+        weights.initialise(student, given, coverage=1.0)
+
+
+@pytest.mark.parametrize("kind", ["swin", "pyramid", "of timm"])
+def test_a_deeper_trunk_of_stages_is_refused_too(kind):
+    def made(depths):
+        holder = nn.Module()
+        shape = {"depths": depths, "heads": [1, 1]}
+        if kind == "swin":
+            holder.encoder = Swin(SwinConfig(width=8, window=4, **shape), 32)
+        elif kind == "pyramid":
+            shape |= {"widths": [8, 8], "mlp_ratios": [1, 1], "reductions": [1, 1]}
+            holder.encoder = Pyramid(PyramidConfig(**shape), 32)
+        else:
+            model, _, options = FAMILIES["swin"]
+            holder.encoder = TimmTrunk(TimmConfig(model, 0.0, dict(options) | {"depths": depths}), 64)
+        return holder
+
+    given = made([1, 3]).state_dict()
+    with pytest.raises(ConfigError, match="no place for these weights of the trunk"):
+        weights.initialise(made([1, 2]), given, coverage=1.0)
+    weights.initialise(made([1, 2]), given, coverage=0.0)
+
+
+def test_tables_that_follow_from_the_sizes_are_no_part_that_is_lost():
+    holder = nn.Module()
+    holder.encoder = TimmTrunk(TimmConfig(FAMILIES["swin"][0], 0.0, dict(FAMILIES["swin"][2])), 64)
+    older = {"encoder.body.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}
+    report = weights.initialise(holder, holder.state_dict() | older, coverage=1.0)
+    assert report.unused == list(older)
+
+
+def test_the_absolute_table_of_a_swin_is_of_the_patches_of_its_stem():
+    source, student = nn.Module(), nn.Module()
+    options = {"width": 8, "depths": [1, 1], "heads": [1, 1], "window": 4, "absolute": True}
+    source.encoder, student.encoder = (Swin(SwinConfig(**options), side) for side in (32, 64))
+    report = weights.initialise(student, source.state_dict(), coverage=1.0)
+    name = "encoder.absolute_pos_embed"
+    assert report.resized == {name: "8x8 -> 16x16"}
+    expected = resize(source.state_dict()[name], (8, 8), (16, 16), 0)
+    assert torch.equal(student.state_dict()[name], expected)

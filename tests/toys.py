@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halfseen import config, engines, optim
-from halfseen.config import Batches
+from halfseen import config, engine_config, engines, optim
 from halfseen.data.hashing import uniform
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.engines import Engine
 
@@ -124,7 +124,7 @@ def make(
     chosen = config.Optim(**({"layer_decay": 0.7, "clip": 0.05, "eps": 1e-4} | (optimizer or {})))
     groups = optim.groups(built, chosen, layer_of, 4)
     named = NAMED.get(name, {"name": name}) | options
-    settings = config.Engine(**named)
+    settings = engine_config.Engine(**named)
     settings.check("engine")
     return engines.create(settings, built, chosen, groups, world, seed)
 

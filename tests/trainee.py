@@ -8,7 +8,8 @@ from toys import TOTAL, make, stream
 
 from halfseen import loop
 from halfseen.checkpoint import Checkpoints
-from halfseen.config import Batches, Optim
+from halfseen.config import Optim
+from halfseen.derived import Batches
 from halfseen.optim import Schedule
 from halfseen.watchdog import Watchdog
 

@@ -20,9 +20,11 @@ from halfseen.models.positions import sincos
 from halfseen.models.relative import PREFIX_ROWS
 from halfseen.models.sizes import SIZES
 from halfseen.models.swin import SwinConfig
+from halfseen.origin import config_of
 
 HEADS = {size.width: size.heads for size in SIZES.values()}  # of the published widths, where nothing else tells
 TABLE = "relative_position_bias_table"
+IDLE = {"mask_token"}  # what pretraining left in a trunk (iBOT, DINOv2), which takes no part where nothing is hidden
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Architecture:
 
     @property
     def trunk(self) -> str:
-        """vit, swin, timm or alternet."""
+        """vit, swin, timm, alternet or pyramid."""
         return trunks.KINDS[type(self.model)]
 
     def described(self) -> dict[str, str]:
@@ -75,8 +77,7 @@ def default(section: Any, key: str) -> Any:
 
 def of_run(path: Path) -> Architecture | None:
     """What the config of the run that a folder is, or lies in, says; None if there is none."""
-    folders = [path, *path.resolve().parents[:2]] if path.is_dir() else []
-    file = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    file = config_of(path) if path.is_dir() else None
     if file is None:
         return None
     plain = yaml.safe_load(file.read_text())
@@ -120,7 +121,7 @@ def of_weights(
     found = of_swin(trunk, image_size) if swin else of_vit(trunk, beside, heads, image_size)
     with torch.device("meta"):
         built: Any = found.build()
-    if strange := sorted(trunk.keys() - built.encoder.state_dict().keys()):
+    if strange := sorted(trunk.keys() - built.encoder.state_dict().keys() - IDLE):
         reason = f"{', '.join(strange[:3])} are parts of no trunk known here"
         raise ConfigError("IN", strange[:3], reason, "say what it is by a run's config")
     return found

@@ -36,7 +36,10 @@ def main(argv: Sequence[str]) -> int:
     for path in arguments.images:
         if not path.is_file():
             raise ConfigError("IMAGE", str(path), "there is no such file", "check the path")
-        image = see(path)
+        try:
+            image = see(path)
+        except ValueError as error:
+            raise ConfigError("IMAGE", str(path), str(error).removeprefix(f"{path}: "), "name a picture") from None
         heads, spread = maps(model.encoder, image[None], arguments.block)
         scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (augment.std, augment.mean))
         file = arguments.out / f"{path.stem}.png"

@@ -1,4 +1,4 @@
-"""``halfseen bench step|data|augment|finetune|engine|distill ...``: which benchmark, nothing else."""
+"""``halfseen bench step|table|data|augment|finetune|engine|distill ...``: which benchmark, nothing else."""
 
 import importlib
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 BENCHES = {
     "step": ("halfseen.tools.bench_step", "training step of a recipe: images/s, memory, MFU; --against peers"),
+    "table": ("halfseen.tools.bench_table", "a table of GPUs: engines at their best micro-batch, beside peers"),
     "finetune": ("halfseen.tools.bench_finetune", "full against attention-only fine-tuning: time, memory, bytes"),
     "engine": ("halfseen.tools.bench_engine", "each engine's step over the plain one; what checkpoints cost"),
     "distill": ("halfseen.tools.bench_distill", "what a teacher costs, what a store and shared weights save"),

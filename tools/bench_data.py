@@ -34,7 +34,7 @@ from webdataset.shardlists import split_by_worker
 from webdataset.writer import ShardWriter as StockWriter
 
 from halfseen import receipt
-from halfseen.config import Augment, Batches, Data, Source
+from halfseen.config import Augment, Data, Source
 from halfseen.data import index as indexes
 from halfseen.data import open_set, train_batches
 from halfseen.data.decode import decode
@@ -44,6 +44,7 @@ from halfseen.data.plan import Plan
 from halfseen.data.reader import Reader
 from halfseen.data.transforms import crop_box, pretrain_transform
 from halfseen.data.writer import ShardWriter
+from halfseen.derived import Batches
 
 from .terminal import console, progress
 

@@ -18,7 +18,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from halfseen import config as options
-from halfseen import distributed, engines, optim, receipt
+from halfseen import distributed, engine_config, engines, optim, receipt
 from halfseen.checkpoint import Checkpoints
 from halfseen.config import ConfigError
 from halfseen.distributed import World
@@ -38,7 +38,7 @@ from halfseen.recipes import load
 from .bench_step import device_of, spread
 
 PLAIN = "plain"  # forward, backward, fused AdamW: no engine
-NAMES = [name for name in typing.get_args(typing.get_type_hints(options.Engine)["name"]) if name != "auto"]
+NAMES = [name for name in typing.get_args(typing.get_type_hints(engine_config.Engine)["name"]) if name != "auto"]
 PATIENCE = 600.0  # seconds for one answer
 RATE = 1e-4
 
@@ -82,7 +82,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("items", nargs="*", metavar="RECIPE | key=value", help="what to train (pretrain/demo)")
     named = "names with options of theirs: NAME:option=value:...,NAME (all)"
     parser.add_argument("--engines", type=listed, default=NAMES, help=named)
-    parser.add_argument("--ranks", type=counts, default=[1, 2], help="numbers of processes (1,2)")
+    several = [1] if torch.cuda.device_count() == 1 else [1, 2]  # two ranks cannot share a GPU
+    parser.add_argument("--ranks", type=counts, default=several, help="numbers of processes (1,2; on one GPU 1)")
     parser.add_argument("--batch", type=int, default=8, help="images per rank and step (8)")
     parser.add_argument("--repeats", type=int, default=8, help="timed turns of each, interleaved (8)")
     parser.add_argument("--steps", type=int, default=2, help="steps in one turn (2)")
@@ -104,7 +105,7 @@ def settings(recipe: str, overrides: Sequence[str], engine: str) -> Pretrain:
 def alone(engine: str) -> bool:
     """Whether the engine runs in one process only."""
     try:
-        engines.refuse(options.Engine(name=engine.partition(":")[0]), options.Optim(), 2)  # type: ignore[arg-type]
+        engines.refuse(engine_config.Engine(name=engine.partition(":")[0]), options.Optim(), 2)  # type: ignore[arg-type]
     except ConfigError:
         return True
     return False
@@ -125,6 +126,7 @@ class Crew:
     memory: int = 0  # peak bytes of the largest rank: allocated on CUDA, resident on a CPU
     loss: float = 0.0  # of the last step
     saves: dict[str, Any] = field(default_factory=dict)
+    make: "Callable[..., Job] | None" = None  # what a rank does instead of this engine's job; its arguments are Job's
 
     @contextlib.contextmanager
     def started(self, recipe: str, overrides: list[str], arguments: argparse.Namespace, folder: Path) -> Iterator[None]:
@@ -136,7 +138,7 @@ class Crew:
         processes = []
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            task = (theirs, rank, self.ranks, port, recipe, overrides, self.engine, arguments, place)
+            task = (theirs, rank, self.ranks, port, recipe, overrides, self.engine, arguments, place, self.make or Job)
             processes.append(context.Process(target=serve, args=task, daemon=True))
             processes[-1].start()
             theirs.close()
@@ -144,14 +146,14 @@ class Crew:
         try:
             self.answers()  # ready, warm
             yield
-        finally:
             for pipe in self.pipes:
-                with contextlib.suppress(OSError):
-                    pipe.send(None)
+                pipe.send(None)
             for process in processes:
                 process.join(30)
-                if process.is_alive():
-                    process.kill()
+        finally:
+            for process in processes:  # after a failure others may wait for the one that failed
+                process.kill()
+                process.join()
 
     def ask(self, order: str, *details: Any) -> list[Any]:
         """Give every rank an order and wait for all answers."""
@@ -160,19 +162,29 @@ class Crew:
         return self.answers()
 
     def answers(self) -> list[Any]:
-        """One answer of each rank; ConfigError if one refused its options, RuntimeError if it failed."""
-        found = []
-        for rank, pipe in enumerate(self.pipes):
-            try:
-                good, answer = pipe.recv() if pipe.poll(PATIENCE) else (False, f"no answer in {PATIENCE:.0f} s")
-            except EOFError:
-                good, answer = False, "the process died"
-            if isinstance(answer, ConfigError):
-                raise answer
-            if not good:
-                raise RuntimeError(f"{self.engine}, rank {rank} of {self.ranks}: {answer}")
-            found.append(answer)
-        return found
+        """One answer of each rank.
+
+        The first failure is raised: ConfigError for refused options, MemoryError for a full device, else RuntimeError.
+        """
+        found: dict[int, Any] = {}
+        while len(found) < self.ranks:
+            missing = {rank: pipe for rank, pipe in enumerate(self.pipes) if rank not in found}
+            ready = wait(list(missing.values()), PATIENCE)
+            for rank, pipe in missing.items():
+                if pipe in ready or not ready:
+                    found[rank] = self._answer(rank, pipe)
+        return [found[rank] for rank in range(self.ranks)]
+
+    def _answer(self, rank: int, pipe: Connection) -> Any:
+        try:
+            good, answer = pipe.recv() if pipe.poll() else (False, f"no answer in {PATIENCE:.0f} s")
+        except EOFError:
+            good, answer = False, "the process died"
+        if isinstance(answer, ConfigError | MemoryError):
+            raise answer
+        if not good:
+            raise RuntimeError(f"{self.engine}, rank {rank} of {self.ranks}: {answer}")
+        return answer
 
     def turn(self) -> None:
         """One timed turn."""
@@ -216,6 +228,7 @@ def serve(
     engine: str,
     arguments: argparse.Namespace,
     folder: Path,
+    make: "Callable[..., Job]",
 ) -> None:
     """A rank: make the student, then do as told."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
@@ -224,15 +237,17 @@ def serve(
         torch.set_num_threads(arguments.threads)
         config = settings(recipe, overrides, engine)
         with distributed.started(config.engine.device) as world:
-            job = Job(config, world, engine == PLAIN, arguments, folder)
+            job = make(config, world, engine == PLAIN, arguments, folder)
             job.steps()
             pipe.send((True, None))
             while order := pipe.recv():
                 pipe.send((True, getattr(job, order[0])(*order[1:])))
     except ConfigError as error:
         pipe.send((False, error))
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
+    except Exception as error:
+        # torch's own error, or one of CUDA or NCCL
+        full = "out of memory" in str(error).lower()
+        pipe.send((False, MemoryError(str(error)) if full else traceback.format_exc()))
 
 
 class Job:

@@ -68,7 +68,8 @@ def judge(path: Path, known: Sequence[Family]) -> Verdict:
         verdict.checks = family.run(case)
     except Exception as error:  # a case must not keep the others from running; the reason is printed
         place = traceback.extract_tb(error.__traceback__)[-1]
-        verdict.errors.append(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
+        reason = f"the case states no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        verdict.errors.append(f"{reason} ({Path(place.filename).name}:{place.lineno})")
         return verdict
     if not verdict.checks:
         verdict.errors.append("nothing was compared")

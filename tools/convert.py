@@ -21,8 +21,11 @@ from halfseen.config import ConfigError, Model
 from halfseen.layouts import LAYOUTS, Layout, detect
 from halfseen.weights import initialise
 
-from .architecture import Architecture, of_file, of_run, of_weights
+from .architecture import IDLE, Architecture, of_file, of_run, of_weights
 from .witness import NoWitness, Proof, prove, transformers_options
+
+# Layouts in which what a pretraining predicts is not called as a classifier is.
+PREDICTING = ("simmim", "beit", "beit2", "timm_beit", "transformers_beit_mim")
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ def convert(weights: Mapping[str, Tensor], source: Layout, destination: Layout) 
 def place(ours: Mapping[str, Tensor], source: Layout, destination: Layout, stage: str = "") -> Conversion:
     """Weights under our names in the destination's, values untouched. stage: of the run they come from.
 
-    What a pretraining predicts are no classes: elsewhere its head would be taken for a classifier's, and is left out
-    unless a mask token beside it tells.
+    What a pretraining predicts are no classes: elsewhere its head would be taken for a classifier's. It is left out,
+    and the mask token that tells it, but where both have a place of their own.
     """
     kept = dict(ours)
-    if stage == "pretrain" and destination.name != "halfseen" and "mask_token" not in ours:
-        kept = {name: value for name, value in ours.items() if not name.startswith("head.")}
+    told = "mask_token" in ours and destination.name in PREDICTING
+    if (stage == "pretrain" or "mask_token" in ours) and destination.name != "halfseen" and not told:
+        kept = {name: value for name, value in ours.items() if not name.startswith(("head.", "mask_token"))}
     placed = destination.from_ours(set(kept))
     sizes = {name: value.numel() * value.element_size() for name, value in ours.items()}
     return Conversion(
@@ -107,7 +111,9 @@ def fit(
     new = {name: size for name, size in sizes.items() if name in report.new}
     covered = 1 - sum(own[name].numel() for name in new) / sum(value.numel() for value in own.values())
     if covered < coverage:
-        reason = f"only {covered:.1%} of the trunk is given; missing: {modules(new)}"
+        lacking = [f"{name} ({why})" for name, why in report.new.items() if name in new]
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        reason = f"only {covered:.1%} of the trunk is given; lacking: {', '.join(lacking[:3])}{more}"
         raise ConfigError("--coverage", coverage, reason, "give whole weights, or lower it if this is meant")
     moved = {name: own[name] for name in report.resized if name in own}
     if not moved:
@@ -124,6 +130,15 @@ def refuse_unplaced(result: Conversion, coverage: float) -> None:
     if unplaced and placed < coverage * (placed + sum(unplaced.values())):
         reason = f"{result.destination.what} has no place for {modules(unplaced)}"
         raise ConfigError("--to", result.destination.name, reason, "use another layout, or a lower --coverage")
+
+
+def refuse_stemless(ours: Mapping[str, Tensor], coverage: float) -> None:
+    """Raise ConfigError for blocks without a stem, whatever trunk they are of."""
+    blocks = [name for name in ours if name.startswith(("encoder.blocks.", "encoder.layers."))]
+    stem = any(name.startswith(("encoder.patch_embed", "encoder.stem.")) for name in ours)
+    if blocks and not stem and coverage > 0:
+        reason = "blocks are given and no stem (patch_embed): these weights are a part of a trunk"
+        raise ConfigError("IN", blocks[0], reason, "give whole weights, or --coverage 0 if this is meant")
 
 
 def write(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -203,21 +218,25 @@ def main(argv: Sequence[str]) -> int:
     result = convert(weights, source, destination)
     refuse_unplaced(result, arguments.coverage)
     ours = source.take(weights)
+    refuse_stemless(ours, arguments.coverage)
     architecture = known(source_path, ours, arguments)
     described = {"halfseen": halfseen.__version__, "layout": destination.name, "converted_from": source.name}
     described |= {"source": source_path.name, "source_sha256": digest(source_path), "part": arguments.part}
     if isinstance(architecture, Architecture):
-        result = place(ours, source, destination, architecture.stage)
-        # Of our own weights what is proven is the file to be written, of others' what was read.
-        theirs, layout = (result.weights, destination) if source.name == "halfseen" else (weights, source)
-        proof = Proof("", "not asked for") if arguments.no_proof else prove_it(architecture, ours, theirs, layout)
+        placed = place(ours, source, destination, architecture.stage)
         size = arguments.image_size or architecture.image_size
-        result = fit(ours, architecture, size, arguments.coverage, result)
+        result = fit(ours, architecture, size, arguments.coverage, placed)
+        # Of our own weights what is proven is the file to be written, of others' what was read.
+        theirs, layout = (placed.weights, destination) if source.name == "halfseen" else (weights, source)
+        proof = Proof("", "not asked for") if arguments.no_proof else prove_it(architecture, ours, theirs, layout)
         described |= replace(architecture, image_size=size).described()
     elif arguments.image_size or (arguments.heads and architecture.key != "IN"):
         raise architecture
     else:
         proof = Proof("", f"{architecture.reason} ({architecture.fix})")
+        if architecture.key == "--heads":  # no shape depends on them
+            alone = of_weights(ours, {}, 1, None)
+            result = fit(ours, alone, alone.image_size, arguments.coverage, result)
     described |= {"coverage": json.dumps(result.counts()), "proof": json.dumps(proof.described())}
     refused = bool(proof.witness) and not proof.holds
     if not refused:
@@ -234,7 +253,8 @@ def prove_it(
 ) -> Proof:
     """The weights in our trunk, against the same weights, under the names of a layout, in another library's."""
     holder: Any = architecture.build()
-    trunk = {name: value for name, value in ours.items() if name.startswith("encoder.")}
+    idle = {f"encoder.{name}" for name in IDLE}
+    trunk = {name: value for name, value in ours.items() if name.startswith("encoder.") and name not in idle}
     if strange := sorted(trunk.keys() - holder.state_dict().keys()):
         return Proof("", f"the weights have {strange[:3]}, which no trunk known here has")
     initialise(holder, trunk, coverage=0.0)

@@ -23,6 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from halfseen.signals import SAVED
+from halfseen.writing import write_whole
+
 from .reconstruct import main as reconstruct
 from .terminal import console
 
@@ -100,9 +103,7 @@ class Results:
             last = json.loads((command.folder / "evaluation.json").read_text())["last"]
             entry |= {"top1": last["val/top1"], "images": last["images"]}
         self.entries[command.folder.name] = entry
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.entries, indent=2) + "\n")
-        os.replace(partial, self.path)
+        write_whole(self.path, json.dumps(self.entries, indent=2) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -117,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
             code = run_all([pretraining, *finetunings], results, screen)
     except Stopped:
         screen.print("\nstopped; run the same command again to continue")
-        return os.EX_TEMPFAIL
+        return SAVED
     if code == 0:
         code = reconstruct([str(pretraining.folder), "--out", str(folder / "reconstruction.png")])
     if code == 0:
@@ -228,7 +229,7 @@ def say(screen: Console, text: str) -> None:
 
 def failed(code: int, command: Command, screen: Console) -> int:
     """Say how a command failed and return its code; raises Stopped if it only saved and stopped."""
-    if code == os.EX_TEMPFAIL:
+    if code == SAVED:
         raise Stopped
     say(screen, f"failed with exit code {code}: {command.text}")
     if command.log is not None:

@@ -38,7 +38,10 @@ def trunk_of(path: Path, part: Any = "model") -> tuple[Tokens, Architecture]:
             "RUN", str(path), reason, "give a run folder, or a file made by `halfseen convert --to halfseen`"
         )
     holder: Any = architecture.build()
-    initialise(holder, read_weights(path, part), coverage=1.0)
+    weights = read_weights(path, part)
+    if "fc_norm.weight" in weights:  # a classifier that normalises behind the mean: its trunk ends without a norm
+        holder.encoder.norm = nn.Identity()
+    initialise(holder, weights, coverage=1.0)
     return Tokens(holder.encoder).eval(), architecture
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from halfseen.layouts import LAYOUTS
 from halfseen.models.peg import PEG
-from halfseen.models.pyramid import Pyramid, Stage
+from halfseen.models.pyramid import Pyramid, PyramidConfig
 
 from .golden import Case, Check, Family, epsilon, gradients, image_size, load, outputs, refuse_unknown
 
@@ -35,19 +35,23 @@ def whole(case: Case) -> list[Check]:
     refuse_unknown(config, ("img_size", "patch_size", "in_chans", "num_classes", "qkv_bias", "norm_layer", *listed))
     if config.get("in_chans", 3) != 3:
         raise ValueError(f"in_chans={config['in_chans']}: only RGB")
-    widths, heads, ratios, depths, reductions = (config[name] for name in listed)
-    stages = tuple(
-        Stage(width, depth, head, ratio, reduction)
-        for width, depth, head, ratio, reduction in zip(widths, depths, heads, ratios, reductions)
-    )
-    student = nn.Module()
-    student.encoder = Pyramid(
-        image_size(config),
-        stages,
-        config["patch_size"],
+    widths, heads, ratios, depths, reductions = (list(config[name]) for name in listed)
+    height, width = image_size(config)
+    if height != width:
+        raise ValueError(f"img_size={config['img_size']}: the original divides it as one number")
+    cfg = PyramidConfig(
+        positions="peg",
+        depths=depths,
+        widths=widths,
+        heads=heads,
+        mlp_ratios=ratios,
+        reductions=reductions,
+        patch=config["patch_size"],
         qkv_bias=config.get("qkv_bias", False),
         norm_eps=epsilon(config.get("norm_layer", "LayerNorm")),
     )
+    student = nn.Module()
+    student.encoder = Pyramid(cfg, height)
     student.head = nn.Linear(widths[-1], config["num_classes"])
     load(student, case, LAYOUTS["cpvt"])
     features = student.encoder(case.inputs["images"]).mean(1)

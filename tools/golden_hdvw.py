@@ -11,14 +11,20 @@ from halfseen.classification.classifier import Classifier
 from halfseen.config import Model
 from halfseen.layouts import LAYOUTS
 from halfseen.models import ViT
-from halfseen.models.alternet import AttentionBlock
+from halfseen.models.alternet import AttentionBlock, PostAttentionBlock
 from halfseen.models.convolutional import Attention2d, ConvAttention2d, LocalAttention
 
 from .golden import Case, Check, Family, gradients, image_size, in_double, load, outputs, refuse_unknown
 
 REPO = "xxxnell/how-do-vits-work"
 SHAPE = ("cls", "dim_in", "dim_out", "heads", "dim_head")
-EXPANSIONS = {"AttentionBlockB": 4, "AttentionBasicBlockB": 1}
+# AlterNet's blocks of attention: ours, and the expansion.
+BLOCKS: dict[str, tuple[type[AttentionBlock | PostAttentionBlock], int]] = {
+    "AttentionBlockA": (PostAttentionBlock, 4),
+    "AttentionBasicBlockA": (PostAttentionBlock, 1),
+    "AttentionBlockB": (AttentionBlock, 4),
+    "AttentionBasicBlockB": (AttentionBlock, 1),
+}
 WINDOW = ("kernel_size", "padding", "dilation", "stride", "k")
 
 
@@ -76,11 +82,11 @@ def module(make: Callable[[dict[str, Any]], nn.Module]) -> Callable[[Case], list
 
 
 def block(case: Case) -> list[Check]:
-    """AlterNet's pre-activated attention block in evaluation and in training; statistics after one step."""
+    """AlterNet's attention blocks in evaluation and in training; statistics after one step."""
     config = case.config
     refuse_unknown(config, (*SHAPE, "window_size", "k", "stride", "sd", "dropout"))
-    if config["cls"] not in EXPANSIONS:
-        raise ValueError(f"{config['cls']}: only the pre-activated blocks are here, {sorted(EXPANSIONS)}")
+    if config["cls"] not in BLOCKS:
+        raise ValueError(f"cls={config['cls']!r} is none of {sorted(BLOCKS)}")
     if config.get("stride", 1) != 1 or config.get("k", 1) != 1 or config.get("sd", 0.0) or config.get("dropout", 0.0):
         raise ValueError("the block works with stride 1 and k 1, and this case has no randomness")
     with torch.no_grad():
@@ -101,16 +107,17 @@ def training(case: Case) -> dict[str, Tensor]:
     return found if x.grad is None else found | {"grad/input": x.grad}
 
 
-def attention_block(case: Case) -> AttentionBlock:
+def attention_block(case: Case) -> AttentionBlock | PostAttentionBlock:
     """AlterNet's block with the case's weights, in their type."""
     config = case.config
-    student = AttentionBlock(
+    kind, expansion = BLOCKS[config["cls"]]
+    student = kind(
         config["dim_in"],
         config.get("dim_out") or config["dim_in"],
         config.get("heads", 8),
         config.get("dim_head", 64),
         config.get("window_size", 7),
-        EXPANSIONS[config["cls"]],
+        expansion,
     )
     student.to(case.inputs["x"].dtype)
     load(student, case, LAYOUTS["hdvw"])

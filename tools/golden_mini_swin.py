@@ -13,7 +13,7 @@ from halfseen.models.vit import Trace
 from halfseen.pretrain.distill.config import Distillation
 from halfseen.pretrain.distill.student import Distilled
 
-from .golden import Case, Check, Family, epsilon, gradients, outputs, refuse_unknown
+from .golden import Case, Check, Family, epsilon, gradients, image_size, outputs, refuse_unknown
 
 LAYOUT = LAYOUTS["mini_swin"]
 TASK = Task(pool="norm_mean")
@@ -134,7 +134,10 @@ def swin_of(config: Mapping[str, Any], side: str) -> Any:
         patch_norm=own.get("patch_norm", True),
         absolute=own.get("ape", False),
     )
-    return Swin(cfg, own["img_size"])
+    height, width = image_size(own)
+    if height != width:
+        raise ValueError(f"img_size={own['img_size']}: only square images")
+    return Swin(cfg, height)
 
 
 FAMILIES = (Family("mini_swin", "microsoft/Cream", "swin_transformer_minivit_distill.py", mini_swin),)

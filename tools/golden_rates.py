@@ -14,6 +14,7 @@ from halfseen.classification.classifier import Classifier
 from halfseen.config import Model, Optim
 from halfseen.layouts import LAYOUTS, Layout
 from halfseen.models import ViT
+from halfseen.models.hierarchical import TimmConfig, TimmTrunk
 from halfseen.pretrain.distill.config import Distillation
 from halfseen.pretrain.distill.student import Distilled
 
@@ -154,9 +155,12 @@ def layer_decay(case: Case) -> list[Check]:
     layered_data = data.get("layer_decay", data)
     student = classifier(config["model"], "mean" if "fc_norm.weight" in layered_data else "class")
     cfg = Optim(weight_decay=config["weight_decay"], layer_decay=config["layer_decay"])
-    depth, exempt = student.encoder.depth, {name.rpartition(".")[2] for name in config["no_weight_decay"]}
-    layered = optim.groups(student, cfg, optim.trunk_layers(depth, rule), depth + 1, exempt)
+    exempt = {name.rpartition(".")[2] for name in config["no_weight_decay"]}
+    layer_of = optim.trunk_layers(student.encoder.depth, rule)
     layout = LAYOUTS["timm_beit" if config["model"].startswith("beit") else rule]
+    if isinstance(student.encoder, TimmTrunk):
+        layer_of, layout = student.layer_of, LAYOUTS["timm_hierarchical"]
+    layered = optim.groups(student, cfg, layer_of, layer_of("head.weight"), exempt)
     checks = compare_groups("layer_decay", layered, layered_data, layout)
     if "plain" in data:
         plain = optim.groups(student, Optim(weight_decay=config["weight_decay"]), exempt=exempt)
@@ -188,18 +192,26 @@ NAME = r"([a-z]+\d?)_([a-z]+)(_distilled)?_patch(\d+)(?:_(\d+)x(\d+))?(?:_(\d+))
 
 def classifier(text: str, pool: Literal["mean", "class"]) -> Classifier:
     """The model that a case names, e.g. ``vit_base_patch16_224, 10 classes``, without memory for its weights."""
+    named = re.search(r"(\d+) classes", text)
+    classes, task = int(named[1]) if named else 1000, Task(pool=pool)
     found = re.match(NAME, text)
     if not found or found[1] not in KINDS or found[2] not in SIZES:
-        raise ValueError(f"model {text!r} is not a ViT of a known kind {list(KINDS)} and size {list(SIZES)}")
+        return of_timm(text, classes)
     kind, size, distilled, patch, depth, branches, side = found.groups()
     model = Model(size=SIZES[size], patch=int(patch), distillation_token=bool(distilled), **KINDS[kind])
     if depth:
         model.depth, model.parallel, model.layer_scale = int(depth), int(branches), 1e-5
-    named = re.search(r"(\d+) classes", text)
-    classes, task = int(named[1]) if named else 1000, Task(pool=pool)
     with torch.device("meta"):
         trunk = ViT(model, int(side or 224))
         return Distilled(trunk, task, classes, Distillation()) if distilled else Classifier(trunk, task, classes)
+
+
+def of_timm(text: str, classes: int) -> Classifier:
+    """The same of a trunk of several resolutions. Raises ConfigError if timm has none of that name."""
+    name = text.partition(",")[0].strip()
+    size = int(found[1]) if (found := re.search(r"_(\d{3,})$", name)) else 224
+    with torch.device("meta"):
+        return Classifier(TimmTrunk(TimmConfig(name=name), size), Task(pool="norm_mean"), classes)
 
 
 FAMILIES = (

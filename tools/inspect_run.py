@@ -33,8 +33,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint in it")
     parser.add_argument("--tensors", action="store_true", help="list every tensor, not only modules")
     arguments = parser.parse_args(list(argv))
-    checkpoints = find(arguments.path)
-    if checkpoints[0].parents[1].parent == arguments.path:
+    place = arguments.path.absolute()  # a folder is asked for its name, which "." has not
+    checkpoints = find(place)
+    if checkpoints[0].parents[1].parent == place:
         print(f"stage       {checkpoints[0].parents[1].name}, the last with a checkpoint; each is a run of its own")
     faults = {path: layout.faults(path) for path in checkpoints}
     sound = next((path for path in checkpoints if not faults[path]), None)

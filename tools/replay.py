@@ -13,7 +13,8 @@ from halfseen.checkpoint import Checkpoints
 from halfseen.checkpoint.folder import read_manifest
 from halfseen.config import ConfigError
 from halfseen.distributed import World
-from halfseen.recipes import ANYWHERE, load
+from halfseen.engine_config import ANYWHERE
+from halfseen.recipes import load
 
 SHOWN = 16  # samples listed
 

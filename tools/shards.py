@@ -148,6 +148,7 @@ def _spread_of(values: list[int]) -> dict[str, int]:
 
 def run_stats(arguments: argparse.Namespace) -> int:
     """Print what a set holds."""
+    shards_of(arguments.shards, "shards")
     images = open_set(Data([Source(arguments.shards)], label="none", cache=arguments.cache), "train")
     label = label_kind(arguments.label, images)
     if label != "none":

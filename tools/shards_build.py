@@ -142,6 +142,8 @@ def open_source(source: str, label: str, cache: str | None) -> ImageSet | None:
     tars = path.is_dir() and any(path.glob("*.tar"))
     if (path.is_dir() and not tars) or (path.suffix in (".csv", ".txt", ".tsv", ".lst") and path.is_file()):
         return None
+    if not path.exists() and not set(source) & set("*?[{:"):
+        raise ConfigError("source", source, "there is no such file or folder", "check the path")
     plain = label == "auto"
     data = Data([Source(source)], label="none" if plain else label, classes=0 if plain else ANY_LABEL, cache=cache)
     return open_set(data, "train")

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from halfseen import data, distributed
 from halfseen.classification.prepare import Prepare
-from halfseen.config import Batches, ConfigError
+from halfseen.config import ConfigError
 from halfseen.data.hashing import mix, purpose
 from halfseen.data.transforms import finetune_transform
 from halfseen.data.writer import ShardWriter
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.pretrain import store, stored_codes
 from halfseen.pretrain import train as pretrain
@@ -161,20 +162,29 @@ def schema_of(recipe: str) -> Any:
     return SCHEMAS[stage]
 
 
+def section_of(config: Any) -> tuple[store.StoreConfig, str]:
+    """The section that says where and how answers are kept, and its key."""
+    return (config.target.codes.store, stored_codes.KEY) if isinstance(config, Pretrain) else (config.store, "store")
+
+
+def length_of(config: Any, epoch: int) -> int:
+    """Positions to store; epoch: images of one."""
+    return store.length_of(config, *section_of(config), epoch)
+
+
 def open_asked(config: Any, world: World) -> tuple[Asked, int]:
     """What a recipe asks, and positions to store. ConfigError if it names no folder."""
-    codes = isinstance(config, Pretrain)
-    cfg, key = (config.target.codes.store, stored_codes.KEY) if codes else (config.store, "store")
+    cfg, key = section_of(config)
     if not cfg.folder:
         raise ConfigError(f"{key}.folder", "", "names no folder", f"e.g. {key}.folder=/data/answers")
     asked: Asked
-    if codes:
+    if isinstance(config, Pretrain):
         train_set = pretrain.open_train_set(config)
         asked = Tokenizer(config, train_set, stored_codes.live(config, world.device), world)
     else:
         train_set = data.open_set(config.data, "train")
         asked = Teacher(config, train_set, live_teacher(config, world), world)
-    return asked, store.length_of(config, cfg, key, train_set.images)
+    return asked, length_of(config, train_set.images)
 
 
 def teach(asked: Asked, total: int, world: World) -> None:

@@ -1,5 +1,6 @@
 """What the shard tools show, and how they spread work over processes."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
@@ -30,5 +31,11 @@ def spread(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, tit
         yield from progress(map(work, jobs), title, len(jobs))
         return
     # Spawned, not forked: this process has threads (torch, rich), and a fork would copy their locks.
-    with get_context("spawn").Pool(min(workers, len(jobs)), torch.set_num_threads, (1,)) as pool:
+    with get_context("spawn").Pool(min(workers, len(jobs)), begin_worker) as pool:
         yield from progress(pool.imap(work, jobs), title, len(jobs))
+
+
+def begin_worker() -> None:
+    """A process of ``spread``: one thread, and a Ctrl-C is for the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

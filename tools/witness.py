@@ -91,7 +91,7 @@ def normed(ours: Mapping[str, Tensor]) -> bool:
 
 
 def tokens_of(model: Any, image: Tensor) -> Tensor:
-    """Tokens after the last norm, of either library's model."""
+    """Tokens [B, N, D] after the last norm, of either library's model."""
     if hasattr(model, "forward_features"):
         return as_tokens(model.forward_features(image), model.num_features)
     return model(image).last_hidden_state
@@ -100,7 +100,10 @@ def tokens_of(model: Any, image: Tensor) -> Tensor:
 def witness(
     architecture: Architecture, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: Layout
 ) -> tuple[nn.Module, str]:
-    """A model of another library with the weights, and what to call it. Raises NoWitness."""
+    """A model of another library with the weights, and what to call it. The arguments are those of ``prove``.
+
+    Raises NoWitness.
+    """
     model, size = architecture.model, architecture.image_size
     if isinstance(model, Model) and source.name.startswith("transformers"):
         return of_transformers(model, size, theirs, source.name)
@@ -109,7 +112,7 @@ def witness(
     elif isinstance(model, SwinConfig):
         made, layout = of_timm_swin(model, size), LAYOUTS["timm_swin"]
     elif not isinstance(model, Model):
-        raise NoWitness(f"no other library has an {type(model).__name__.removesuffix('Config')}")
+        raise NoWitness(f"no other library has this trunk ({type(model).__name__.removesuffix('Config')})")
     elif model.relative != "none" or not model.key_bias:
         made, layout = of_timm_beit(model, size), LAYOUTS["timm_beit"]
     else:
@@ -121,6 +124,8 @@ def witness(
     own = made.state_dict()
     if missing := sorted(own.keys() - given.keys()):
         raise NoWitness(f"{type(made).__name__} of timm has {missing[:3]}, which these weights lack")
+    if other := sorted(key for key, value in own.items() if given[key].shape != value.shape):
+        raise NoWitness(f"in {type(made).__name__} of timm {other[:3]} have other shapes")
     made.load_state_dict({key: given[key] for key in own})
     return made, f"timm {version('timm')} {type(made).__name__}"
 
@@ -133,21 +138,35 @@ PLAIN = {
 }
 
 
-def others(model: trunks.Section, known: set[str]) -> list[str]:
-    """Options that differ from their defaults and are not among the known."""
-    plain = type(model)()
-    return [key for key, value in vars(model).items() if key not in known and value != getattr(plain, key)]
-
-
 def require(model: trunks.Section, known: set[str], name: str) -> None:
-    """Raise NoWitness if the model has parts that the library's lacks."""
-    if left := others(model, known):
+    """Raise NoWitness if the model has parts that the library's lacks: options not at their defaults nor known."""
+    plain = type(model)()
+    left = [key for key, value in vars(model).items() if key not in known and value != getattr(plain, key)]
+    if left:
         raise NoWitness(f"{name} has no such {', '.join(left)}")
+
+
+def timm_options(model: Model, image_size: int) -> dict[str, Any]:
+    """The options that timm's VisionTransformer and Beit both have."""
+    from timm.layers import LayerNorm
+
+    size = resolve(model)
+    return {
+        "img_size": image_size,
+        "patch_size": size.patch,
+        "embed_dim": size.width,
+        "depth": size.depth,
+        "num_heads": size.heads,
+        "mlp_ratio": size.mlp_ratio,
+        "qkv_bias": model.qkv_bias,
+        "init_values": model.layer_scale,
+        "norm_layer": partial(LayerNorm, eps=model.norm_eps),
+        "num_classes": 0,
+    }
 
 
 def of_timm(model: Model, image_size: int) -> nn.Module:
     """timm's VisionTransformer, with DeiT's distillation token where there is one."""
-    from timm.layers import LayerNorm
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 
@@ -155,55 +174,29 @@ def of_timm(model: Model, image_size: int) -> nn.Module:
     on_class = model.position_on_class and model.class_token
     if model.registers and on_class:
         raise NoWitness("registers have positions in timm's VisionTransformer where the class token has one")
-    size, norm = resolve(model), partial(LayerNorm, eps=model.norm_eps)
-    options: dict[str, Any] = {"block_fn": ParallelThingsBlock} if model.parallel > 1 else {}
+    options = timm_options(model, image_size) | ({"block_fn": ParallelThingsBlock} if model.parallel > 1 else {})
     if model.distillation_token:
         if not on_class or model.registers:
             raise NoWitness("timm's VisionTransformerDistilled has positions on both its tokens, and no registers")
-    else:
-        pooling = {"global_pool": "token" if model.class_token else "avg", "fc_norm": False}
-        options |= pooling | {"class_token": model.class_token, "reg_tokens": model.registers}
-        options |= {"no_embed_class": not on_class, "pos_embed": "none" if model.position == "none" else "learn"}
-    kind = VisionTransformerDistilled if model.distillation_token else VisionTransformer
-    return kind(
-        img_size=image_size,
-        patch_size=size.patch,
-        embed_dim=size.width,
-        depth=size.depth,
-        num_heads=size.heads,
-        mlp_ratio=size.mlp_ratio,
-        qkv_bias=model.qkv_bias,
-        init_values=model.layer_scale,
-        norm_layer=norm,
-        num_classes=0,
-        **options,
-    )
+        return VisionTransformerDistilled(**options)
+    pooling = {"global_pool": "token" if model.class_token else "avg", "fc_norm": False}
+    options |= pooling | {"class_token": model.class_token, "reg_tokens": model.registers}
+    options |= {"no_embed_class": not on_class, "pos_embed": "none" if model.position == "none" else "learn"}
+    return VisionTransformer(**options)
 
 
 def of_timm_beit(model: Model, image_size: int) -> nn.Module:
     """timm's Beit."""
-    from timm.layers import LayerNorm
     from timm.models.beit import Beit
 
     require(model, PLAIN | {"relative", "key_bias"}, "timm's Beit")
     if not model.class_token or model.key_bias:
         raise NoWitness("timm's Beit always has a class token, and no bias on keys")
-    size = resolve(model)
-    norm: Any = partial(LayerNorm, eps=model.norm_eps)
     return Beit(
-        img_size=image_size,
-        patch_size=size.patch,
-        embed_dim=size.width,
-        depth=size.depth,
-        num_heads=size.heads,
-        mlp_ratio=size.mlp_ratio,
-        qkv_bias=model.qkv_bias,
-        init_values=model.layer_scale,
+        **timm_options(model, image_size),
         use_abs_pos_emb=model.position != "none",
         use_rel_pos_bias=model.relative == "block",
         use_shared_rel_pos_bias=model.relative == "shared",
-        norm_layer=norm,
-        num_classes=0,
         global_pool="token",
     )
 
@@ -245,25 +238,19 @@ def transformers_options(model: Model, image_size: int, layout: str, pooled: boo
         "layer_norm_eps": model.norm_eps,
     }
     if "beit" not in layout:
-        if (
-            model.layer_scale is not None
-            or model.position == "none"
-            or not (model.class_token and model.position_on_class)
-        ):
+        on_class = model.class_token and model.position_on_class
+        if model.layer_scale is not None or model.position == "none" or not on_class:
             raise NoWitness("transformers' ViT has a class token, positions on all tokens, and no LayerScale")
         return {"model_type": "vit", "qkv_bias": model.qkv_bias} | options
-    return (
-        {"model_type": "beit"}
-        | options
-        | {
-            "use_mask_token": True,
-            "use_shared_relative_position_bias": model.relative == "shared",
-            "use_relative_position_bias": model.relative == "block",
-            "use_absolute_position_embeddings": model.position != "none",
-            "use_mean_pooling": pooled,
-            "layer_scale_init_value": model.layer_scale or 0.0,
-        }
-    )
+    own = {
+        "use_mask_token": True,
+        "use_shared_relative_position_bias": model.relative == "shared",
+        "use_relative_position_bias": model.relative == "block",
+        "use_absolute_position_embeddings": model.position != "none",
+        "use_mean_pooling": pooled,
+        "layer_scale_init_value": model.layer_scale or 0.0,
+    }
+    return {"model_type": "beit"} | options | own
 
 
 def of_transformers(model: Model, image_size: int, theirs: Mapping[str, Tensor], layout: str) -> tuple[nn.Module, str]:

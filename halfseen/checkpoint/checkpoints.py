@@ -142,7 +142,7 @@ class Checkpoints:
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob(f"{layout.PARTIAL}*"):
-                shutil.rmtree(left_over)
+                _delete(left_over)
 
     def _write(self, staged: dict[str, Tensor], partial: Path, position: int) -> None:
         """Write this rank's tensors into a partial folder; every rank raises if one cannot."""
@@ -158,7 +158,7 @@ class Checkpoints:
         except CheckpointException as error:
             # On a disk that fills up torch's zip writer hides the reason behind another one: the room tells.
             room = shutil.disk_usage(self.folder).free / 2**20
-            raise OSError(_not_written(position, f"{_reasons(error)} ({room:,.1f} MiB free there)")) from error
+            raise _not_written(position, f"{_reasons(error)} ({room:,.1f} MiB free there)", _number(error)) from error
 
     def _publish(self, partial: Path, final: Path, position: int, meta: dict[str, Any]) -> None:
         """Describe the files, then rename: the checkpoint exists from that instant, complete."""
@@ -171,7 +171,7 @@ class Checkpoints:
         def rename() -> None:
             if not self.world.main:
                 return
-            files[".metadata"] = layout.fingerprint(partial / ".metadata")
+            files[layout.METADATA] = layout.fingerprint(partial / layout.METADATA)
             versions = {"halfseen": halfseen.__version__, "torch": str(torch.__version__)}
             written = datetime.now(timezone.utc).isoformat(timespec="seconds")
             manifest = {"position": position, "written": written, "world": self.world.world}
@@ -191,9 +191,11 @@ class Checkpoints:
             result = work()
         except OSError as error:
             failure = error
-        told = [f"rank {rank}: {why}" for rank, why in enumerate(world.gather_object(failure and str(failure))) if why]
+        failures = world.gather_object(failure and (failure.errno, str(failure)))
+        told = [f"rank {rank}: {found[1]}" for rank, found in enumerate(failures) if found]
         if told:
-            raise OSError(_not_written(position, "; ".join(told))) from failure
+            number = next(found[0] for found in failures if found)
+            raise _not_written(position, "; ".join(told), number) from failure
         return cast(Result, result)
 
     def _retain(self, position: int) -> None:
@@ -213,7 +215,7 @@ class Checkpoints:
         # Renamed first: a crash half-way through the removal must not leave a damaged checkpoint behind.
         doomed = path.with_name(f"{layout.PARTIAL}removed_{path.name}")
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
 
     def _refuse_full_disk(self, state: dict[str, Tensor]) -> None:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -230,6 +232,19 @@ class Checkpoints:
             )
 
     # ------------------------------------------------------------------------------------------ find
+
+    def to_continue(self) -> Path | None:
+        """The newest healthy checkpoint; None if the run has none yet, ConfigError if it has some and all are bad.
+
+        To begin anew, over them, is not decided here: a disk may be away for an hour, or the program be an old one.
+        """
+        newest = self.newest()
+        listed = self.world.gather_object(layout.listed(self.folder))[0]
+        if newest is None and listed:
+            reason = f"none of its {len(listed)} checkpoints is healthy: see the lines above"
+            fix = f"bring one back, or remove {self.folder} to start from the beginning"
+            raise ConfigError("run.folder", str(self.folder.parent), reason, fix)
+        return newest
 
     def newest(self) -> Path | None:
         """The newest healthy checkpoint. Every file's digest is verified; bad files are named on the way."""
@@ -267,6 +282,14 @@ class Checkpoints:
         return manifest["meta"] | {"position": manifest["position"]}
 
 
+def _delete(path: Path) -> None:
+    """Remove a folder; of a link to one, which a person has made, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _refuse_other_shapes(path: Path, reader: dcp.FileSystemReader, into: dict[str, Tensor]) -> None:
     """Raise ConfigError naming the first tensor that the checkpoint and the student do not share."""
     stored = {
@@ -293,12 +316,25 @@ def _reasons(error: CheckpointException) -> str:
 
 
 def _reason(failure: Any) -> str:
-    cause = failure[0] if isinstance(failure, tuple) else failure
-    return f"{type(cause).__name__}: {cause}"
+    return f"{type(_cause(failure)).__name__}: {_cause(failure)}"
 
 
-def _not_written(position: int, why: str) -> str:
-    return f"checkpoint at {position} was not written: {why}; older ones are untouched"
+def _cause(failure: Any) -> Any:
+    """torch keeps an error alone, or with its traceback."""
+    return failure[0] if isinstance(failure, tuple) else failure
+
+
+def _number(error: CheckpointException) -> int | None:
+    """The first error number that a rank's failure has: what a launcher judges by."""
+    numbers = (getattr(_cause(failure), "errno", None) for failure in error.failures.values())
+    return next((number for number in numbers if number), None)
+
+
+def _not_written(position: int, why: str, number: int | None) -> OSError:
+    """number: the cause's errno. Not an argument, which would begin the text with it."""
+    error = OSError(f"checkpoint at {position} was not written: {why}; older ones are untouched")
+    error.errno = number
+    return error
 
 
 # torch 2.11 and 2.12 close a stager behind its first copy: it cannot make another, and its buffers are gone.

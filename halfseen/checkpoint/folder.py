@@ -3,7 +3,7 @@
 checkpoints/img_000000012800/   position 12,800
     __0_0.distcp ...            tensors, one or more files per rank (torch distributed checkpoint)
     .metadata                   where in those files each tensor lies
-    manifest.json               written last: size and digest of every file, position, what wrote it
+    manifest.json               written last: size and digest of every file and of itself, position, what wrote it
 checkpoints/.partial_...        being written, or left over from a crash; never read
 """
 
@@ -18,6 +18,7 @@ from halfseen.config import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
 PARTIAL = ".partial_"
 _NAME = re.compile(r"img_(\d{12,})")
 
@@ -54,25 +55,34 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """A checkpoint's manifest; ConfigError where it is missing, damaged or of a newer format."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = dict(json.loads(file.read_text()))
         newer = manifest["format"] > FORMAT
-        complete = isinstance(manifest["files"], dict) and isinstance(manifest["position"], int)
+        complete = METADATA in manifest["files"] and isinstance(manifest["position"], int)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("checkpoint", str(file), f"cannot be read: {error}", "use another checkpoint") from error
     if newer:
         raise ConfigError("checkpoint", str(path), "was written by a newer version", "upgrade halfseen")
     if not complete:
         raise ConfigError("checkpoint", str(file), "is not a manifest", "use another checkpoint")
-    return dict(manifest)
+    if manifest.pop("digest", None) not in (None, digest_of(manifest)):  # the first ones had none
+        reason = "its content has changed since it was written"
+        raise ConfigError("checkpoint", str(file), reason, "use another checkpoint")
+    return manifest
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write and sync the manifest: from here on the folder is complete."""
+    manifest = {"format": FORMAT} | manifest
     with (path / MANIFEST).open("w") as file:
-        json.dump({"format": FORMAT} | manifest, file, indent=1)
+        json.dump(manifest | {"digest": digest_of(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync(path)
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """Digest of all that a manifest says beside its digest."""
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
 def sync(folder: Path) -> None:

@@ -18,6 +18,8 @@ from . import stream
 
 # Keys under which published .pth files keep their weights, and their averaged weights.
 PLAIN = ("model", "state_dict", "module", "model_state")
+# What a wrapper puts before every name: DistributedDataParallel, torch.compile, Lightning and other trainers.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 AVERAGED = ("model_ema", "state_dict_ema", "ema")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 DELTA = "halfseen delta"  # how the format of a delta file begins (halfseen/delta.py)
@@ -44,7 +46,7 @@ def read_weights(path: Path | str, part: Literal["model", "ema"] = "model") -> d
         if header(path).get("format", "").startswith(DELTA):
             fix = "give the file that `halfseen delta apply BASE DELTA WHOLE.safetensors` writes"
             raise ConfigError("weights", str(path), "is a delta: it holds what differs from a base, no whole", fix)
-        return load_file(path)
+        return unwrapped(load_file(path))
     return _named_tensors(path, _unpickled(path), part)
 
 
@@ -108,7 +110,9 @@ def find_checkpoint(path: Path) -> Path:
     newest, passed = layout.newest_healthy(inside)
     if newest is None:
         reason = "holds no healthy checkpoint" + "".join(f"; {line}" for line in passed)
-        raise ConfigError("checkpoint", str(path), reason, "name a run folder, a checkpoint, or a weight file")
+        begun = (path / "config.yaml").is_file() and not passed
+        fix = "let the run reach its first save (run.checkpoint_every)" if begun else "name a run or another checkpoint"
+        raise ConfigError("checkpoint", str(path), reason, fix)
     for line in passed:
         warnings.warn(f"a newer checkpoint is passed over: {line}", stacklevel=3)
     return newest
@@ -152,4 +156,12 @@ def _named_tensors(path: Path, content: Any, part: str) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ConfigError("weights", str(path), f"holds no tensors, only {list(content)[:5]}", "give a state dict")
+    return unwrapped(tensors)
+
+
+def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what stands before all of their names and is no name of a model's own (WRAPPERS)."""
+    for wrapper in WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            return unwrapped({name.removeprefix(wrapper): value for name, value in tensors.items()})
     return tensors

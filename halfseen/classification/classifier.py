@@ -53,6 +53,7 @@ class Classifier(nn.Module):
             recompute_frozen(encoder)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See the class."""
         tokens = self.encoder(batch["image"])
         logits = self.scores(tokens)
         if batch.get("task", "train") == "predict":
@@ -73,10 +74,8 @@ class Classifier(nn.Module):
         return logits if self.head_dist is None else (logits + self.head_dist(tokens[:, 1])) / 2
 
     def train(self, mode: bool = True) -> "Classifier":
-        """What is frozen stays as it is: a frozen trunk in evaluation mode, a frozen BatchNorm's statistics too."""
+        """What is frozen stays as it is (see selection.still)."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            self.encoder.eval()
         selection.still(self)
         return self
 
@@ -157,7 +156,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """DeiT III: every class present in a mixed image counts fully; mean over images and classes."""
+    """DeiT III: every class present in a mixed image counts fully; both [B, K], mean over images and classes."""
     return F.binary_cross_entropy_with_logits(logits, (target > 0).to(logits.dtype))
 
 

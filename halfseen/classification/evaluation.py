@@ -20,6 +20,7 @@ from halfseen.engines import Engine
 from halfseen.loop import BROKEN, AnotherRank
 from halfseen.monitor import Monitor
 from halfseen.recipes import to_yaml
+from halfseen.writing import write_whole
 
 from .answers import Answers
 from .gallery import Gallery
@@ -316,9 +317,8 @@ class Evaluations:
         listed = [entry for entry in earlier if entry["position"] < position]
         listed.append({"position": position, "images": count, **values})
         best = max(listed, key=lambda entry: max(entry["val/top1"], entry.get("val_ema/top1", 0.0)))
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"best": best, "last": listed[-1], "evaluations": listed}, indent=2) + "\n")
-        os.replace(partial, self.path)
+        content = {"best": best, "last": listed[-1], "evaluations": listed}
+        write_whole(self.path, json.dumps(content, indent=2) + "\n")
         return best is listed[-1]
 
     def keep(self, weights: dict[str, Tensor]) -> None:

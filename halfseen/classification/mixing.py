@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfseen.config import Augment, Batches, ConfigError
+from halfseen.config import Augment, ConfigError
 from halfseen.data.hashing import generator, mix, mix_tensor, purpose
+from halfseen.derived import Batches
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right; bottom and right excluded
 NOTHING: Box = (0, 0, 0, 0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from halfseen.config import Batches
+from halfseen.derived import Batches
 
 from . import mixing
 from .evaluation import Normalise

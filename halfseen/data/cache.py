@@ -43,10 +43,7 @@ def open_remote(url: str) -> Any:
         import fsspec
 
         return fsspec.open(url, "rb")
-    except (
-        ImportError,
-        ValueError,
-    ) as error:  # fsspec raises ValueError for a protocol nobody has registered
+    except (ImportError, ValueError) as error:  # fsspec raises ValueError for a protocol nobody has registered
         raise ConfigError(
             "data.train", url, f"cannot open {scheme}:// ({error})", "pip install halfseen[remote]"
         ) from error
@@ -140,10 +137,12 @@ class Cache:
 
     @staticmethod
     def _ready(place: Path, filesize: int | None) -> bool:
+        """Whether the shard is there; filesize: what it must have, None where that is not known."""
         try:
-            return filesize is None or place.stat().st_size == filesize if place.exists() else False
+            size = place.stat().st_size
         except FileNotFoundError:
             return False
+        return filesize is None or size == filesize
 
     def _fetch(self, url: str, place: Path, filesize: int | None) -> None:
         """Download under the exclusive lock. What an interrupted holder left is removed first."""

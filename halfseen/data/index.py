@@ -16,9 +16,9 @@ import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -28,23 +28,7 @@ BLOCK = 512  # bytes; a tar is a row of blocks
 FORMAT = 1  # raised when the sidecar's meaning changes
 SUFFIX = ".idx.json"
 IMAGE_EXTENSIONS = frozenset(
-    (
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "bmp",
-        "gif",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "img",
-        "image",
-    )
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "img", "image"]
 )
 MOST_FOLDERS = 100_000  # distinct folder names kept per shard; more means the folders are no classes
 
@@ -274,16 +258,7 @@ def build(path: Path, rescue: bool = False) -> ShardIndex:
 
 def dumps(index: ShardIndex) -> str:
     """The sidecar's text: JSON whose first line holds the summary."""
-    summary = index.summary
-    head = {
-        "format": FORMAT,
-        "filesize": summary.filesize,
-        "nsamples": summary.nsamples,
-        "complete": summary.complete,
-        "fault": summary.fault,
-        "lost": summary.lost,
-        "folders": list(summary.folders),
-    }
+    head = {"format": FORMAT, **asdict(index.summary)}
     members = [
         [[index.extension[row], index.offset[row] // BLOCK, index.size[row]] for row in range(a, b)]
         for a, b in itertools.pairwise(index.first)
@@ -310,24 +285,21 @@ def read_summary(path: Path) -> Summary | None:
         return None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         return None
-    return Summary(
-        head["filesize"],
-        head["nsamples"],
-        head["complete"],
-        head["fault"],
-        head["lost"],
-        tuple(head["folders"]),
-    )
+    return summary_of(head)
+
+
+def summary_of(content: dict[str, Any]) -> Summary:
+    """The summary in a sidecar's first line, or in the whole of it."""
+    plain = {part.name: content[part.name] for part in fields(Summary)}
+    return Summary(**plain | {"folders": tuple(content["folders"])})
 
 
 def read(path: Path) -> ShardIndex:
     """A whole sidecar as compact arrays; raises OSError or ValueError when it cannot be read."""
     content = json.loads(path.read_bytes())
-    plain = {name: content[name] for name in ("filesize", "nsamples", "complete", "fault", "lost")}
-    summary = Summary(**plain, folders=tuple(content["folders"]))
     # One fixed-width array instead of a list of strings: a reader keeps hundreds of these.
     keys = np.array([key.encode("utf-8", "surrogateescape") for key in content["keys"]] or [b""])
-    return ShardIndex(summary, keys, content["extensions"], *_columns(content["members"], BLOCK))
+    return ShardIndex(summary_of(content), keys, content["extensions"], *_columns(content["members"], BLOCK))
 
 
 def write(index: ShardIndex, path: Path) -> None:

@@ -20,6 +20,10 @@ class BadRecord:
     offset: int  # of the image in the shard in bytes; -1 where unknown
     reason: str
 
+    def words(self) -> str:
+        """For an error's message."""
+        return f"{self.shard}, {self.key} at byte {self.offset}: {self.reason}"
+
 
 class TooManyBad(RuntimeError):
     """The share of bad samples is above data.bad_limit, or no usable one is found in place of a bad one."""
@@ -72,10 +76,9 @@ class Ledger:
         self.bad += len(records)
         images = self.start + consumed
         if records and self.bad > max(self.limit * images, FREE if self.limit > 0 else 0):
-            last = records[-1]
             raise TooManyBad(
                 f"{self.bad} bad samples among {images} images, above data.bad_limit={self.limit}. Last: "
-                f"{last.shard}, {last.key} at byte {last.offset}: {last.reason}. "
+                f"{records[-1].words()}. "
                 f"{f'All are listed in {self.path}. ' if self.path else ''}"
                 "Run `halfseen shards check` on the shards, repair them, or raise data.bad_limit."
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from halfseen.config import Batches, Data
+from halfseen.config import Data
 from halfseen.data.decode import decode
 from halfseen.data.hashing import generator
 from halfseen.data.ledger import BadRecord, Ledger, TooManyBad
@@ -22,6 +22,7 @@ from halfseen.data.plan import Order, Plan
 from halfseen.data.reader import BadSample, Reader, Sample
 from halfseen.data.sources import ImageSet
 from halfseen.data.transforms import Transform
+from halfseen.derived import Batches
 
 ATTEMPTS = 64  # replacements tried for one position before the set itself is declared unusable
 Views = Tensor | tuple[Tensor, Tensor]  # uint8 [3, H, W], or the same crop in two sizes
@@ -129,7 +130,10 @@ class TrainingBatches(Dataset[dict[str, Any]]):
             except BadSample as bad:
                 records.append(BadRecord(position, attempt, bad.shard, bad.key, bad.offset, bad.reason))
                 shard, sample = self.plan.replacement(source, position, attempt)
-        raise TooManyBad(f"{ATTEMPTS} samples in a row are bad at position {position}; the last: {records[-1]}")
+        raise TooManyBad(
+            f"{ATTEMPTS} samples in a row are bad at position {position}. Last: {records[-1].words()}. "
+            "Run `halfseen shards check` on the shards, and see that data.label says where their labels are."
+        )
 
 
 class EvaluationBatches(Dataset[dict[str, Any]]):

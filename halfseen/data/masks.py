@@ -45,15 +45,19 @@ def coarse_mask(seed: int, positions: Tensor, grid: Grid, cell: int, hidden: int
 
     positions int64 [B] -> bool [B, h*w] on the same device. The cell's side must divide the grid's.
     """
-    cells = (grid[0] // cell, grid[1] // cell)
-    return spread_cells(random_mask(seed, positions, cells[0] * cells[1], hidden), grid, cell)
+    return spread_cells(random_mask(seed, positions, math.prod(cells_of(grid, cell)), hidden), grid, cell)
+
+
+def cells_of(grid: Grid, cell: int) -> Grid:
+    """Square cells of cell x cell patches down and across a grid. Raises ValueError unless they tile it."""
+    if grid[0] % cell or grid[1] % cell:
+        raise ValueError(f"cells of {cell} x {cell} patches do not tile a grid of {grid}")
+    return grid[0] // cell, grid[1] // cell
 
 
 def spread_cells(cells: Tensor, grid: Grid, cell: int) -> Tensor:
     """A mask of cells [B, (h/cell)*(w/cell)] as one of patches, [B, h*w]."""
-    height, width = grid[0] // cell, grid[1] // cell
-    if (height * cell, width * cell) != tuple(grid):
-        raise ValueError(f"cells of {cell} x {cell} patches do not tile a grid of {grid}")
+    height, width = cells_of(grid, cell)
     plane = cells.view(-1, height, 1, width, 1).expand(-1, -1, cell, -1, cell)
     return plane.reshape(len(cells), -1)
 
@@ -64,9 +68,7 @@ def grid_mask(seed: int, positions: Tensor, grid: Grid, cell: int) -> Tensor:
     positions int64 [B] -> bool [B, h*w] on the same device. The cell's side must divide the grid's.
     """
     inside = random_mask(seed, positions, cell * cell, cell * cell - 1).view(-1, 1, cell, 1, cell)
-    height, width = grid[0] // cell, grid[1] // cell
-    if (height * cell, width * cell) != tuple(grid):
-        raise ValueError(f"cells of {cell} x {cell} patches do not tile a grid of {grid}")
+    height, width = cells_of(grid, cell)
     return inside.expand(-1, height, -1, width, -1).reshape(len(positions), -1)
 
 

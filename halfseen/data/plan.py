@@ -109,12 +109,12 @@ class Order:
         return shard, first, np.minimum(self.chunk, self.counts[shard] - first)
 
 
-def shares(weights: Sequence[float], block: int = BLOCK) -> list[int]:
-    """Positions of each source in a block: proportional, at least one each, summing to the block."""
-    exact = np.asarray(weights, float) / sum(weights) * block
+def shares(weights: Sequence[float]) -> list[int]:
+    """Positions of each source in a block: proportional to the weights, at least one each, BLOCK together."""
+    exact = np.asarray(weights, float) / sum(weights) * BLOCK
     counts = np.maximum(np.floor(exact).astype(int), 1)
-    for _ in range(abs(block - int(counts.sum()))):
-        if counts.sum() < block:
+    for _ in range(abs(BLOCK - int(counts.sum()))):
+        if counts.sum() < BLOCK:
             counts[np.argmax(exact - counts)] += 1
         else:
             counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1

@@ -16,6 +16,7 @@ from halfseen.data.sources import ImageSet, Shard
 BLOCK = indexes.BLOCK
 NEAR = 64 << 10  # bytes between a label and its image that are worth reading along
 LARGEST_LABEL = 1 << 20  # bytes of a label member; more is no label, and reading it would cost memory
+OPEN_FILES, OPEN_INDEXES = 64, 256  # shards and indexes that a process keeps open
 LARGEST_OCTAL = 8 << 30  # bytes; above this a tar header's size field no longer says the size
 
 
@@ -82,12 +83,12 @@ class Reader:
     next is read. With ``keep`` they follow one another in it until ``take`` hands the buffer over.
     """
 
-    def __init__(self, images: ImageSet, keep: bool = False, open_files: int = 64, open_indexes: int = 256) -> None:
+    def __init__(self, images: ImageSet, keep: bool = False) -> None:
         self.images, self.keep = images, keep
         self.folder_label = {name: number for number, name in enumerate(images.folders)}
         self.label_kind, _, self.label_path = images.label.partition(":") if images.labelled else ("", "", "")
-        self.files = LeastRecent[Opened](open_files, Opened.close)
-        self.indexes = LeastRecent[indexes.ShardIndex](open_indexes)
+        self.files = LeastRecent[Opened](OPEN_FILES, Opened.close)
+        self.indexes = LeastRecent[indexes.ShardIndex](OPEN_INDEXES)
         self.buffer, self.used = np.empty(1 << 20, np.uint8), 0
 
     def close(self) -> None:
@@ -217,8 +218,12 @@ class Reader:
         if self.images.label == "folder":
             folder = indexes.folder_of(key)
             text: object = self.folder_label.get(folder, folder)
+            if not folder:
+                raise BadLabel("no label: the key has no folder part, which data.label=folder reads")
         elif content is None:
-            raise BadLabel(f"no label: member .{self.label_kind} is missing")
+            raise BadLabel(
+                f"no label: member .{self.label_kind} is missing, which data.label={self.images.label} reads"
+            )
         else:
             plain = content.decode("utf-8", "replace").strip()
             text = _json_value(plain, self.label_path) if self.label_path else plain

@@ -199,6 +199,9 @@ def _open_source(source: Source, limit: int, cache: Cache | None, key: str) -> t
 
 def _folder_classes(folders: set[str], data: Data, key: str) -> tuple[str, ...]:
     """Class names in order for ``label: folder``; empty when the names are the class numbers themselves."""
+    if not folders - {""}:
+        reason = f"no key in {key} has a folder part"
+        raise ConfigError("data.label", "folder", reason, "use data.label=cls for what `halfseen shards build` wrote")
     if all(name.isdecimal() for name in folders):
         return ()
     if len(folders) != data.classes:

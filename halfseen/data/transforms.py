@@ -55,7 +55,10 @@ PADDING = 4  # reflected pixels around the image, for simple_crop
 
 
 def simple_crop(image: Tensor, size: tuple[int, int], rng: random.Random) -> Tensor:
-    """DeiT III's simple random crop: shorter side to the size, PADDING reflected pixels, a crop of the size."""
+    """DeiT III's simple random crop: shorter side to the size, PADDING reflected pixels, a crop of the size.
+
+    uint8 [3, H, W] -> uint8 [3, *size].
+    """
     _, height, width = image.shape
     factor = max(size[0] / height, size[1] / width)
     scaled = resize(image, (max(size[0], int(height * factor + 1e-6)), max(size[1], int(width * factor + 1e-6))))
@@ -65,7 +68,10 @@ def simple_crop(image: Tensor, size: tuple[int, int], rng: random.Random) -> Ten
 
 
 def three_augment(image: Tensor, rng: random.Random) -> Tensor:
-    """3-Augment (DeiT III): greyscale, solarisation above 127, or Gaussian blur of radius 0.1 to 2, equally often."""
+    """3-Augment (DeiT III): greyscale, solarisation above 127, or Gaussian blur of radius 0.1 to 2, equally often.
+
+    uint8 [3, H, W] -> the same.
+    """
     choice = rng.randrange(3)
     if choice == 0:
         return grey(image).to(torch.uint8).expand(3, -1, -1)
@@ -87,7 +93,10 @@ def grey(image: Tensor) -> Tensor:
 
 
 def colour_jitter(image: Tensor, strength: float, rng: random.Random) -> Tensor:
-    """Brightness, contrast and saturation, each scaled by a factor of 1 +- strength, in random order."""
+    """Brightness, contrast and saturation, each scaled by a factor of 1 +- strength, in random order.
+
+    uint8 [3, H, W] -> the same.
+    """
     names = ["brightness", "contrast", "saturation"]
     rng.shuffle(names)
     for name in names:
@@ -113,7 +122,7 @@ class RandomCrop:
         return self.finish(resize(self.crop(image, rng), self.size), rng)
 
     def crop(self, image: Tensor, rng: random.Random) -> Tensor:
-        """The crop as it is in the image; the simple one is of the final size already."""
+        """uint8 [3, H, W] -> the crop [3, h, w] as it is in the image; the simple one is of the final size already."""
         if self.augment.simple_crop:
             return simple_crop(image, self.size, rng)
         scale, ratio = self.augment.crop_scale, self.augment.crop_ratio
@@ -121,7 +130,7 @@ class RandomCrop:
         return image[:, top : top + height, left : left + width]
 
     def finish(self, image: Tensor, rng: random.Random) -> Tensor:
-        """Flip and colours."""
+        """Flip and colours: uint8 [3, H, W] -> the same."""
         if rng.random() < self.augment.flip:
             image = image.flip(2)
         if self.augment.three_augment:

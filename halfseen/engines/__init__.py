@@ -4,7 +4,7 @@ import importlib.util
 
 from torch import nn
 
-from halfseen import config
+from halfseen import config, engine_config
 from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.optim import Group
@@ -14,7 +14,7 @@ from .base import Engine
 __all__ = ["Engine", "create", "refuse"]
 
 
-def refuse(cfg: config.Engine, optim: config.Optim, world: int | None) -> None:
+def refuse(cfg: engine_config.Engine, optim: config.Optim, world: int | None) -> None:
     """Raise ConfigError for what this engine cannot do on so many ranks. Touches no device, starts no process group.
 
     world: None where it is not known yet, as in a process that only launches the run.
@@ -41,7 +41,7 @@ def refuse(cfg: config.Engine, optim: config.Optim, world: int | None) -> None:
 
 
 def create(
-    cfg: config.Engine,
+    cfg: engine_config.Engine,
     student: nn.Module,
     optim: config.Optim,
     groups: list[Group],

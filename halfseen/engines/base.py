@@ -1,18 +1,18 @@
 """The training step, written once: what all engines share, and the few hooks in which they differ."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from halfseen import config, optim
-from halfseen.config import ConfigError
+from halfseen import config, engine_config, optim
 from halfseen.data.hashing import mix, purpose
 from halfseen.distributed import World
 
-from .parts import fill, local_part, whole
+from .holding import Holding
+from .parts import local_part
 from .recompute import STATISTICS, recompute
 from .student import aliases, blocks_of, refuse_precision, synchronise_batch_norm
 
@@ -22,7 +22,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE, BACKOFF, GROWTH, INTERVAL = 2.0**16, 0.5, 2.0, 2000
 
 
-class Engine:
+class Engine(Holding):
     """A student prepared for training: sharded, run and updated.
 
     The order of preparation is fixed: freeze (the caller does) -> recompute -> compile -> shard -> optimizer.
@@ -32,16 +32,15 @@ class Engine:
     Weights are fp32; autocast surrounds the forward only. Dropout and drop path draw from (seed, position,
     rank). A subclass overrides hooks, and no more than it needs: in preparation ``place``,
     ``make_optimizer``, ``adopt`` and ``make_moments``; in the step ``forward``, ``accumulating``,
-    ``backward``, ``gradients``, ``over_shards``, ``update`` and ``clear``; elsewhere ``infer``, and for
-    what it shards in its own way ``masters``, ``published``, ``weight``, ``moments``, ``mean`` and
-    ``take``.
+    ``backward``, ``gradients``, ``over_shards``, ``update`` and ``clear``; elsewhere ``infer``, and those of
+    Holding for what it shards in its own way.
     """
 
     name = "base"
 
     def __init__(
         self,
-        cfg: config.Engine,
+        cfg: engine_config.Engine,
         student: nn.Module,
         optim_cfg: config.Optim,
         groups: list[optim.Group],
@@ -64,7 +63,7 @@ class Engine:
                 block.compile()
         self._batch_norms = [module for module in self.student.modules() if isinstance(module, STATISTICS)]
         self.module = self.place(self.student)
-        self.parameters: dict[str, nn.Parameter] = dict(zip(names, self.student.parameters(), strict=True))
+        self.parameters = dict(zip(names, self.student.parameters(), strict=True))
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._refuse_other_groups(groups)
         self.optimizer = self.make_optimizer(groups)
@@ -75,7 +74,7 @@ class Engine:
         self.module = self.adopt(self.module)
         self.make_moments()
         self.average = {name: p.detach().clone() for name, p in self.masters().items()} if cfg.ema else {}
-        self.decay = cfg.ema_decay(0)  # of the averages in the last update
+        self.decay = cfg.ema_decay(0)
         device = world.device
         self.scale = torch.tensor(SCALE if cfg.precision == "fp16" else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
@@ -135,31 +134,6 @@ class Engine:
     def clear(self) -> None:
         """Drop the gradients after an update."""
         self.optimizer.zero_grad(set_to_none=True)
-
-    def masters(self) -> Mapping[str, Tensor]:
-        """The fp32 weights that the optimizer updates, as this rank holds them; averages follow these."""
-        return self.trained
-
-    def published(self) -> None:
-        """The masters were changed by other means than an update: the student must see them."""
-
-    def weight(self, name: str) -> Tensor:
-        """A parameter of the student, as ``state`` shows it."""
-        return self.parameters[name].detach()
-
-    def moments(self, name: str) -> dict[str, Tensor]:
-        """The optimizer's state of a trained parameter by slot."""
-        return self.optimizer.state[self.trained[name]]
-
-    def mean(self, name: str) -> Tensor:
-        """The average of a trained parameter."""
-        return self.average[name]
-
-    def take(self, own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-        """Take over a state whose keys are those of ``own``, which is this engine's."""
-        for key, value in own.items():
-            fill(value, given[key])
-        self.published()
 
     # ------------------------------------------------------------------------------------------ the step
 
@@ -238,16 +212,6 @@ class Engine:
         if self.cfg.precision != "fp16":
             return factor
         return (factor if factor is not None else 1.0) / self.scale
-
-    def _average(self, found: Tensor, position: int) -> None:
-        if not self.average:
-            return
-        self.decay = self.cfg.ema_decay(position)
-        weight = (1.0 - self.decay) * (1.0 - found)
-        averages = [local_part(average) for average in self.average.values()]
-        current = [local_part(master) for master in self.masters().values()]
-        weight = weight.to(averages[0].device)  # the host's where engine.offload keeps them there
-        torch._foreach_lerp_(averages, current, [weight] * len(averages))
 
     def _count(self, found: Tensor, bad_loss: Tensor, position: int) -> None:
         """Count a skipped update, and adapt the loss scale.
@@ -337,96 +301,6 @@ class Engine:
             return micro_batches
         with self.averaged():
             return [batch | self.predict(batch, "teach") for batch in micro_batches]
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the weights are the averaged ones (the plain ones when engine.ema=0 keeps none)."""
-        self._swap()
-        self._swapped = True
-        try:
-            yield
-        finally:
-            self._swap()
-            self._swapped = False
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        # Tensor by tensor, so that the extra memory is one tensor and not a second student.
-        masters = self.masters()
-        for name, average in self.average.items():
-            here, there = local_part(masters[name]), local_part(average)
-            kept = here.clone()
-            here.copy_(there)
-            there.copy_(kept)
-        self.published()
-
-    # ------------------------------------------------------------------------------------------ state
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything a run continues from, as live tensors: a DTensor or a Stretch where this rank holds a part.
-
-        Keys: model.NAME, buffer.NAME, optim.NAME.SLOT, ema.NAME, scaler.scale, scaler.growth. Takes no message.
-        """
-        if self._swapped:
-            raise RuntimeError("state() inside averaged(): the weights are not the ones being trained")
-        state: dict[str, Tensor] = {}
-        for name in self.parameters:
-            state[f"model.{name}"] = self.weight(name)
-        for name, buffer in self._kept_buffers():
-            state[f"buffer.{name}"] = buffer
-        for name in self.trained:
-            for slot, value in self.moments(name).items():
-                state[f"optim.{name}.{slot}"] = value
-        for name in self.trained if self.average else ():
-            state[f"ema.{name}"] = self.mean(name)
-        return state | {"scaler.scale": self.scale, "scaler.growth": self.growth}
-
-    @torch.no_grad()
-    def load_state(self, given: dict[str, Tensor]) -> None:
-        """Take over a state of any engine: the same keys, tensors whole or sharded as here."""
-        own = self.state()
-        if own.keys() != given.keys():
-            missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-            raise ValueError(f"another student's state: missing {missing[:3]}, without a place {extra[:3]}")
-        self.take(own, given)
-
-    def weights(self, ema: bool = False) -> dict[str, Tensor]:
-        """Whole fp32 weights and saved buffers on the CPU by name; empty on ranks other than 0. Collective.
-
-        ema: averaged weights where they are kept, which is for all that trains.
-        """
-        if ema and not self.average:
-            raise ConfigError(
-                "engine.ema", 0.0, "this run keeps no averaged weights", "train with e.g. engine.ema=0.9999"
-            )
-        found: dict[str, Tensor] = {}
-        buffers = dict(self._kept_buffers())
-        for name in (*self.parameters, *buffers):
-            averaged = ema and name in self.trained
-            tensor = buffers[name] if name in buffers else self.mean(name) if averaged else self.weight(name)
-            tensor = whole(tensor, self.world)
-            if self.world.main:
-                tensor = tensor.float() if tensor.is_floating_point() else tensor
-                found[name] = tensor.cpu().clone() if tensor.device.type == "cpu" else tensor.cpu()
-        return found
-
-    def _kept_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        named = zip(self._buffers.items(), self.student.buffers(), strict=True)
-        return ((name, buffer) for (name, saved), buffer in named if saved)
-
-    def make_moments(self) -> None:
-        """Make the optimizer's state by an update that changes nothing, so that one can be loaded."""
-        for parameter in self.trained.values():
-            parameter.grad = torch.zeros_like(parameter)
-        held = next((local_part(p).device for p in self.trained.values()), self.world.device)
-        self.optimizer.found_inf = torch.ones((), device=held)  # type: ignore[attr-defined]
-        if not self.skips_on_device:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]  # rates are 0 before the first step
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for slots in self.optimizer.state.values():
-            for value in slots.values():
-                value.zero_()
 
     # ------------------------------------------------------------------------------------------ refusals
 

@@ -112,6 +112,8 @@ class DeepSpeed(Engine):
         if self.zero is None:
             return super().gradients()
         if self.cfg.offload:
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)  # they are still on their way to the host
             return [flat.grad for flat in self._flats if flat.grad is not None]
         return [gradient for part in self.zero.averaged_gradients.values() for gradient in part]
 
@@ -126,10 +128,12 @@ class DeepSpeed(Engine):
         The optimizer is ours and skips on found_inf as under every engine. DeepSpeed also looks for numbers that
         are not finite; it does so on the host, and drops such a step whole before the optimizer is asked.
         """
+        if self.cfg.offload:  # the optimizer would fetch it from the device without waiting for it
+            factor, found = factor if factor is None else factor.cpu(), found.cpu()
         if not self.skips_on_device and bool(found):
             torch._foreach_mul_(gradients, float("nan"))  # DeepSpeed then drops the step
         elif factor is not None:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+            torch._foreach_mul_(gradients, factor)
         if self.skips_on_device:
             self.optimizer.found_inf = found  # type: ignore[attr-defined]
         self.module.step()  # type: ignore[operator]

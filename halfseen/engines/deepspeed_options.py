@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halfseen import config
+from halfseen import config, engine_config
 from halfseen.config import ConfigError
 
 # Sections of DeepSpeed's JSON that would do what halfseen already does, or change what its partitions mean.
@@ -29,7 +29,7 @@ OURS = (
 )
 
 
-def refuse(cfg: config.Engine, optim_cfg: config.Optim) -> None:
+def refuse(cfg: engine_config.Engine, optim_cfg: config.Optim) -> None:
     """Raise ConfigError for what ZeRO cannot do, and for an unusable file of extra options."""
     derive(cfg)
     if optim_cfg.name in ("lamb", "lars") and cfg.zero_stage:
@@ -52,7 +52,7 @@ def refuse(cfg: config.Engine, optim_cfg: config.Optim) -> None:
         )
 
 
-def derive(cfg: config.Engine) -> dict[str, Any]:
+def derive(cfg: engine_config.Engine) -> dict[str, Any]:
     """DeepSpeed's options: ours, and those of the file engine.extra beside them."""
     zero: dict[str, Any] = {"stage": cfg.zero_stage}
     if cfg.zero_stage == 3:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfseen import config, optim
+from halfseen import config, engine_config, optim
 from halfseen.checkpoint.stretch import Stretch
 from halfseen.config import ConfigError
 from halfseen.distributed import one_process_group
@@ -145,7 +145,7 @@ def _arguments(kind: type[torch.optim.Optimizer]) -> set[str]:
     return set(inspect.signature(kind).parameters)
 
 
-def refuse(cfg: config.Engine, optim_cfg: config.Optim) -> None:
+def refuse(cfg: engine_config.Engine, optim_cfg: config.Optim) -> None:
     """Raise ConfigError for what FairScale cannot do."""
     if optim_cfg.name == "lamb" and optim_cfg.clip is None:
         raise ConfigError(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from halfseen.config import ConfigError
 
+from .student import uses
+
 
 def reenter(student: nn.Module, blocks: Sequence[nn.Module], offload: bool) -> None:
     """Recompute every block by FairScale, in place; offload: what goes into a block waits in host memory.
@@ -31,13 +33,10 @@ def reenter(student: nn.Module, blocks: Sequence[nn.Module], offload: bool) -> N
 
 def refuse_sharing(student: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Raise ConfigError if a weight that trains belongs to two blocks, or to one and to what is around them."""
-    of_block = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
     owner: dict[int, int] = {}
-    for place, module in student.named_modules():
-        number = of_block.get(id(module), -1)
-        for name, parameter in module.named_parameters(place, recurse=False):
-            if parameter.requires_grad and owner.setdefault(id(parameter), number) != number:
-                raise _unsafe(f"{name} is a weight of another block too, and would be ready twice")
+    for name, parameter, block in uses(student, blocks):
+        if parameter.requires_grad and owner.setdefault(id(parameter), block) != block:
+            raise _unsafe(f"{name} is a weight of another block too, and would be ready twice")
 
 
 def _once(unit: "Unit", block: int, called: set[int]) -> Callable[..., Any]:
@@ -117,6 +116,8 @@ def put_together(form: Any, tensors: Sequence[Tensor]) -> Any:
 def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(change(entry) for entry in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple
+        return type(value)(*(change(entry) for entry in value))
     if type(value) is dict:
         return {key: change(entry) for key, entry in value.items()}
     if is_dataclass(value) and not isinstance(value, type):

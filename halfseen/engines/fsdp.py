@@ -14,7 +14,7 @@ from halfseen.config import ConfigError
 from halfseen.distributed import one_process_group
 
 from .base import Engine
-from .student import blocks_of, refuse_different_weights
+from .student import blocks_of, refuse_different_weights, uses
 
 
 class Sharded(Engine):
@@ -100,16 +100,12 @@ def units(blocks: list[nn.Module], student: nn.Module) -> list[list[nn.Module]]:
         for parameter in block.parameters():
             first = group_of[holder.setdefault(id(parameter), index)]
             group_of = [first if group == group_of[index] else group for group in group_of]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    for path, module in student.named_modules():
-        if id(module) in inside:
-            continue
-        for name, parameter in module.named_parameters(path, recurse=False):
-            if id(parameter) in holder:
-                raise ConfigError(
-                    "engine.name",
-                    "fsdp",
-                    f"{name} is also in block {holder[id(parameter)]}, which is sharded on its own",
-                    "use engine.name=ddp, or offer the two as one block",
-                )
+    for name, parameter, place in uses(student, blocks):
+        if place < 0 and id(parameter) in holder:
+            raise ConfigError(
+                "engine.name",
+                "fsdp",
+                f"{name} is also in block {holder[id(parameter)]}, which is sharded on its own",
+                "use engine.name=ddp, or offer the two as one block",
+            )
     return [[block for block, own in zip(blocks, group_of) if own == group] for group in dict.fromkeys(group_of)]

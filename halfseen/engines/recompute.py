@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from halfseen import config
+from halfseen import engine_config
 from halfseen.config import ConfigError
 from halfseen.models.powernorm import PowerNorm
 
 STATISTICS = (_BatchNorm, PowerNorm)  # norms that a forward in training changes
 
 
-def recompute(student: nn.Module, blocks: Sequence[nn.Module], cfg: config.Engine) -> None:
+def recompute(student: nn.Module, blocks: Sequence[nn.Module], cfg: engine_config.Engine) -> None:
     """Make every block of a student recompute, in place, as ``cfg`` says; ConfigError for blocks that cannot."""
     for block in blocks:
         refuse_statistics(block)

@@ -1,5 +1,6 @@
 """What an engine finds in a student before it takes it, and what it refuses."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,23 @@ from halfseen.models.norm import synchronise
 def blocks_of(student: nn.Module) -> list[nn.Module]:
     """The student's structural hint: units to shard, recompute and compile, each once."""
     return list(dict.fromkeys(cast(Any, student).blocks()))
+
+
+def uses(student: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """Every place of every parameter: its name there, and the number of the block it lies in, -1 outside of them.
+
+    What torch's own listings leave out is what matters here: the second place of a tensor, or of a module.
+    """
+    numbers = {id(block): number for number, block in enumerate(blocks)}
+
+    def below(module: nn.Module, place: str, block: int) -> Iterator[tuple[str, nn.Parameter, int]]:
+        block = numbers.get(id(module), block)
+        for name, parameter in module.named_parameters(place, recurse=False):
+            yield name, parameter, block
+        for name, child in module.named_children():
+            yield from below(child, f"{place}.{name}" if place else name, block)
+
+    return below(student, "", -1)
 
 
 def aliases(student: nn.Module) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from halfseen.config import ConfigError
 
 from .beit import BEIT, BEIT2, TIMM_BEIT
-from .cpvt import CPVT, PEG_ALONE
+from .cpvt import CPVT, PEG_ALONE, PVT
 from .dalle import DALLE
 from .deepvit import DEEPVIT
 from .deit import DEIT, DEIT_STEM
@@ -41,7 +41,7 @@ LAYOUTS: dict[str, Layout] = {
     for layout in (
         *(VQKD, SIMMIM, *TRANSFORMERS, OURS, DALLE, MAE, BEIT2, BEIT, TIMM_BEIT),
         *(DEIT, DEIT_STEM, MINI_DEIT, IRPE, MINI_SWIN, TIMM_SWIN, SWIN, TIMM_HIERARCHICAL),
-        *(CPVT, PEG_ALONE, DEEPVIT, HDVW_CONVIT, HDVW, TIMM),
+        *(CPVT, PVT, PEG_ALONE, DEEPVIT, HDVW_CONVIT, HDVW, TIMM),
     )
 }
 

@@ -8,10 +8,16 @@ from torch import Tensor
 
 from halfseen.models.relative import PREFIX_ROWS, relative_index
 
-from .layout import Layout, Weights, in_trunk, out_of_trunk
+from .layout import Layout, Weights, in_trunk, only, out_of_trunk
 
 INDEX = "relative_position_index"  # made from the grid; a file may hold it, a student never does
 TABLE = "relative_position_bias_table"
+
+# What there is of our trunk.
+TRUNK = (
+    r"patch_embed\.|cls_token|pos_embed|rel_pos_bias|norm\."
+    r"|blocks\.\d+\.(norm[12]\.[wb]|ls[12]\.gamma|mlp\.|attn\.(qkv|proj\.|[qv]_bias|relative))"
+)
 
 _SCALE = re.compile(r"((?:blocks|cls_pt_layers)\.\d+)\.gamma_([12])$")
 _OUR_SCALE = re.compile(r"((?:blocks|cls_pt_layers)\.\d+)\.ls([12])\.gamma$")
@@ -82,7 +88,7 @@ BEIT2 = Layout(
     "microsoft/unilm beit2, pretraining with patch aggregation",
     lambda names: any(name.startswith("cls_pt_") for name in names),
     to_ours,
-    from_ours,
+    only(TRUNK, from_ours, "mask_token", "aggregation."),
     without_index,
     with_index,
 )
@@ -91,8 +97,14 @@ BEIT = Layout(
     "microsoft/unilm beit and beit2, pretraining and fine-tuning",
     lambda names: marked(names) and (not any(TABLE in name for name in names) or any(INDEX in name for name in names)),
     to_ours,
-    from_ours,
+    only(TRUNK, from_ours, "mask_token", "aggregation."),
     without_index,
     with_index,
 )
-TIMM_BEIT = Layout("timm_beit", "timm's Beit: the same names, no index tables", marked, to_ours, from_ours)
+TIMM_BEIT = Layout(
+    "timm_beit",
+    "timm's Beit: the same names, no index tables",
+    marked,
+    to_ours,
+    only(TRUNK, from_ours, "mask_token", "aggregation."),
+)

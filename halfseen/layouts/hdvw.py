@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor
 
-from .layout import Layout, Weights, in_trunk, out_of_trunk
+from .layout import Layout, Weights, in_trunk, only, out_of_trunk
 
 _ATTENTION = {"to_q.": "q.", "to_kv.": "kv.", "to_out.0.": "proj."}
 _CONVIT = {
@@ -61,14 +61,17 @@ HDVW = Layout(
     "one attention, or one block of AlterNet, of xxxnell/how-do-vits-work",
     lambda names: any(re.search(r"(^|\.)to_kv\.", name) for name in names),
     lambda names: {name: attention(name) for name in names},
-    lambda names: {name: attention(name, back=True) for name in names},
+    lambda names: {name: attention(name, back=True) for name in names if not name.startswith("encoder.")},
 )
 HDVW_CONVIT = Layout(
     "hdvw_convit",
     "the ConViT of xxxnell/how-do-vits-work",
     lambda names: any(name.startswith("transformers.") for name in names) and "embedding.0.weight" in names,
     lambda names: {name: in_trunk(attention(_replaced(name, _CONVIT))) for name in names},
-    lambda names: {name: _replaced(attention(out_of_trunk(name), back=True), _CONVIT_BACK) for name in names},
+    only(
+        r"patch_embed\.proj\.(weight|bias)|pos_embed|blocks\.\d+\.(norm[12]\.|attn\.map\.|mlp\.)",
+        lambda names: {name: _replaced(attention(out_of_trunk(name), back=True), _CONVIT_BACK) for name in names},
+    ),
     _flat,
     _convolutions,
 )

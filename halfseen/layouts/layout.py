@@ -68,15 +68,27 @@ def beside(name: str) -> bool:
     return bool(_BESIDE.match(name))
 
 
-# Parts of our trunk that the plain ViTs of timm, MAE and DeiT III do not have.
+# Parts of our trunks that the plain ViTs of timm, MAE and DeiT III do not have.
 _BEYOND = re.compile(
-    r"encoder\.(body\.|rel_pos_bias\.|blocks\.\d+\.(peg\.|.*(relative_position_bias_table|[qv]_bias|rpe_[qkv]|proj_[lw]|reattention)))"
+    r"encoder\.(body\.|layers\.|stages\.|stem\.|patch_embeds\.|rel_pos_bias\.|absolute_pos_embed"
+    r"|blocks\.\d+\.(peg\.|(norm|ls)[12]\.\d+\.|.*(relative_position_bias_table|[qv]_bias|rpe_[qkv]|proj_[lw]|reattention|attn\.map)))"
 )
 
 
 def plain(name: str) -> bool:
     """Whether a plain ViT may have this weight of ours; leaving out one that it lacks changes what is computed."""
     return not _BEYOND.match(name)
+
+
+def only(trunk: str, from_ours: Names, *others: str) -> Names:
+    """from_ours where nothing has a place but a classifier and what begins as is said.
+
+    trunk: an expression for the names of our trunk; others: how names beside it begin.
+    """
+    inside = re.compile(rf"encoder\.({trunk})")
+    return lambda names: from_ours(
+        {name for name in names if inside.match(name) or beside(name) or (others and name.startswith(others))}
+    )
 
 
 def in_trunk(name: str) -> str:

@@ -4,12 +4,14 @@ import re
 
 from torch import Tensor
 
-from .layout import Layout, Weights, in_trunk, out_of_trunk
+from .layout import Layout, Weights, in_trunk, only, out_of_trunk
 
 _INSTANCE = re.compile(r"(blocks\.\d+\.)block\.(.+)\.instances\.(\d+)\.")
 _SHARED = re.compile(r"(blocks\.\d+\.)block\.")
 _OWN = re.compile(r"(blocks\.\d+\.)(norm1|norm2|attn\.(?:rpe_[qkv]|proj_l|proj_w))\.(\d+)\.")
 _BLOCK = re.compile(r"(blocks\.\d+\.)")
+# Every block there is repeated.
+_TRUNK = r"patch_embed\.|cls_token|pos_embed|norm\.|blocks\.\d+\.(norm[12]\.\d+\.|attn\.(qkv|proj|rpe_)|mlp\.)"
 _CONVS = {"attn.conv_l": "attn.proj_l", "attn.conv_w": "attn.proj_w"}
 _MAPS = {ours: theirs for theirs, ours in _CONVS.items()}
 
@@ -52,7 +54,7 @@ MINI_DEIT = Layout(
     "microsoft/Cream, Mini-DeiT",
     lambda names: any(_SHARED.match(name) for name in names),
     _to_ours,
-    _from_ours,
+    only(_TRUNK, _from_ours),
     _join,
     _part,
 )

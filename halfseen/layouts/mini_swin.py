@@ -3,7 +3,7 @@
 import re
 
 from . import swin
-from .layout import Layout
+from .layout import Layout, only
 
 # Their list -> our module.
 _LISTS = {
@@ -54,5 +54,5 @@ MINI_SWIN = Layout(
     "microsoft/Cream, Mini-Swin",
     lambda names: any(_THEIRS.match(name) for name in names),
     _to_ours,
-    _from_ours,
+    only(swin.TRUNK, _from_ours, "fits."),
 )

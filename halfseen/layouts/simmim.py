@@ -4,10 +4,11 @@ import re
 
 from torch import Tensor
 
+from halfseen.config import ConfigError
 from halfseen.models.relative import relative_index
 
-from . import swin
-from .layout import Layout, Weights
+from . import beit, swin
+from .layout import Layout, Weights, only
 
 _HEAD = re.compile(r"(decoder\.0|head)\.(weight|bias)$")
 _GAMMA = re.compile(r"(blocks\.\d+)\.gamma_([12])$")
@@ -64,6 +65,9 @@ def _reordered(name: str, value: Tensor, theirs: bool) -> Tensor:
     if not _HEAD.match(name):
         return value
     side = round((len(value) / 3) ** 0.5)
+    if 3 * side**2 != len(value):
+        reason = f"a head of {len(value)} numbers a place does not predict the pixels of a square, as SimMIM's does"
+        raise ConfigError("--to", "simmim", reason, "use another layout, e.g. beit for codes")
     if theirs:
         return value.unflatten(0, (3, side, side)).movedim(0, 2).flatten(0, 2).reshape(len(value), *value.shape[1:2])
     value = value.unflatten(0, (side, side, 3)).movedim(2, 0).flatten(0, 2)
@@ -88,7 +92,7 @@ SIMMIM = Layout(
     "microsoft/SimMIM, ViT and Swin",
     _owns,
     _to_ours,
-    _from_ours,
+    only(f"{beit.TRUNK}|{swin.TRUNK}", _from_ours, "mask_token"),
     _join,
     _part,
 )

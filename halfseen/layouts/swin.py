@@ -2,11 +2,12 @@
 
 import re
 
-from .layout import Layout, in_trunk, out_of_trunk
+from .layout import Layout, in_trunk, only, out_of_trunk
 
 _MERGE = re.compile(r"layers\.(\d+)\.downsample\.")
 # Tables that follow from the sizes; they are made anew here.
 _MADE = re.compile(r"\.(attn_mask|relative_position_index)$")
+TRUNK = r"patch_embed\.|absolute_pos_embed|layers\.|norm\."  # what there is of our trunk
 
 
 def merges(name: str, by: int) -> str:
@@ -42,6 +43,6 @@ TIMM_SWIN = Layout(
     "timm's SwinTransformer",
     lambda names: staged(names) and not any(name.startswith(("layers.0.downsample.", "head.w")) for name in names),
     _timm_to_ours,
-    _timm_from_ours,
+    only(TRUNK, _timm_from_ours),
 )
-SWIN = Layout("swin", "microsoft/Swin-Transformer", staged, official_to_ours, official_from_ours)
+SWIN = Layout("swin", "microsoft/Swin-Transformer", staged, official_to_ours, only(TRUNK, official_from_ours))

@@ -95,6 +95,7 @@ _OURS_BLOCK["attn.relative_position_bias_table"] = (
 )
 
 
+_SHARED = re.compile(r"encoder\.blocks\.\d+\.(norm|ls)[12]\.\d+\.")  # blocks that stand for several are in none
 # Parts that their BEiT has and their ViT lacks.
 _BEIT_ALONE = re.compile(r"(mask_token$|encoder\.(rel_pos_bias|blocks\.\d+\.(ls[12]|attn\.[qv]_bias|attn\.relative)))")
 
@@ -112,7 +113,8 @@ def tables(root: str, beside: dict[str, str], plain: bool) -> tuple[Callable[[se
         return {name: translate(name, there) or name for name in names}
 
     def from_ours(names: set[str]) -> dict[str, str]:
-        given = {name: translate(name, back) for name in names if not (plain and _BEIT_ALONE.match(name))}
+        kept = {name for name in names if not (_SHARED.match(name) or (plain and _BEIT_ALONE.match(name)))}
+        given = {name: translate(name, back) for name in kept}
         return {name: theirs for name, theirs in given.items() if theirs is not None}
 
     return to_ours, from_ours

@@ -40,6 +40,8 @@ def _from_ours(names: set[str]) -> dict[str, str]:
         part = next((theirs for theirs, ours in _BESIDE.items() if name.startswith(ours)), None)
         return part and part + name.removeprefix(_BESIDE[part])
 
+    if not any(name.startswith(("quantizer.", "project.")) for name in names):  # no tokenizer, whatever its trunk
+        return {}
     return {name: outer for name in names if (outer := theirs(name))}
 
 

@@ -134,6 +134,28 @@ class AttentionBlock(nn.Module):
         return mixed.unflatten(1, grid)
 
 
+class PostAttentionBlock(nn.Module):
+    """The same with norms behind what they norm (AttentionBlockA; expansion 1: its basic form), in no AlterNet here."""
+
+    def __init__(
+        self, width: int, channels: int, heads: int, head_width: int = 64, window: int = 7, expansion: int = 4
+    ) -> None:
+        super().__init__()
+        out, inner = channels * expansion, width // expansion
+        self.shortcut = shortcut_of(width, out, 1)
+        if len(self.shortcut):
+            self.shortcut.append(BatchNorm(out))
+        self.conv = nn.Sequential(nn.Conv2d(width, inner, 1, bias=False), BatchNorm(inner))
+        self.attn = LocalAttention(inner, heads, head_width, out, window)
+        self.norm = BatchNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, h, w, C] -> [B, h, w, C']."""
+        skip = self.shortcut[1](convolve(x, self.shortcut[0])) if len(self.shortcut) else x
+        inner = F.gelu(self.conv[1](convolve(x, self.conv[0])))
+        return skip + self.norm(self.attn(inner)[0])
+
+
 class AlterNet(Staged):
     """Images to the last map, normalised and activated; drop path acts in the blocks of attention."""
 

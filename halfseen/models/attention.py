@@ -39,20 +39,20 @@ class Attention(nn.Module):
         """
         if common is not None:
             rows, index = common
-            q, k, v = self._heads(torch.cat([self.qkv(x), F.embedding(index, self.qkv(rows))], dim=1), 3)
+            q, k, v = self._split(torch.cat([self.qkv(x), F.embedding(index, self.qkv(rows))], dim=1), 3)
             q = q if last is None else q[:, :, -last:]
         elif last is None:
             projected = self.qkv(x)
             if qkv is not None:
                 qkv.append(projected)
-            q, k, v = self._heads(projected, 3)
+            q, k, v = self._split(projected, 3)
         else:
             # Two views of the fused map; the matrices are never stored apart.
             sizes = [x.shape[-1], 2 * x.shape[-1]]
             weights = self.qkv.weight.split(sizes)
             biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
-            (q,) = self._heads(linear(x[:, -last:], weights[0], biases[0]), 1)
-            k, v = self._heads(linear(x, weights[1], biases[1]), 2)
+            (q,) = self._split(linear(x[:, -last:], weights[0], biases[0]), 1)
+            k, v = self._split(linear(x, weights[1], biases[1]), 2)
         return self.proj(attend(q, k, v, dropout=self._dropout).transpose(1, 2).flatten(2))
 
     @property
@@ -62,13 +62,18 @@ class Attention(nn.Module):
 
     def probabilities(self, x: Tensor, places: Places | None = None, repetition: int = 0) -> Tensor:
         """What the softmax makes of the scores when forward is given x [B, N, D]: [B, H, N, N], rows sum to 1."""
-        q, k, _ = self._heads(self.qkv(x), 3)
+        q, k, _ = self._split(self.qkv(x), 3)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
-    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, N, parts*D] -> parts tensors [B, H, N, D/H], views."""
         # Chunks of the channels, not of a permuted tensor: their gradients are then put together in one copy.
-        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in x.chunk(parts, dim=-1))
+        return tuple(by_head(part, self.heads) for part in x.chunk(parts, dim=-1))
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H*d] -> [B, H, N, d], a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -77,7 +82,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout:
     q [B, H, M, d], k and v [B, H, N, d], bias [1 or B, H, M, N]. dropout: probability at which weights are dropped.
     """
     if not plain(q):
-        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout)
+        mask = None if bias is None else bias.to(q.dtype)
+        if mask is not None and mask.device.type != "cpu":
+            mask = mask.contiguous()  # or no fused kernel of a GPU takes it, and all scores are stored
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     shape, scale = q.shape, q.shape[-1] ** -0.5
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)

@@ -26,7 +26,7 @@ def add_branch(base: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], rate
     if rate == 0.0:
         return base + branch(x)
     batch = x.shape[0]
-    if every or rate < SKIP_FROM or torch.compiler.is_compiling():  # compiled code wants fixed shapes
+    if every or torch.compiler.is_compiling() or rate < SKIP_FROM:  # compiled code wants fixed shapes
         keep = torch.rand(batch, 1, 1, device=x.device) >= rate
         return base + branch(x) * (keep / (1.0 - rate))
     count = int((torch.rand(batch) >= rate).sum())
@@ -69,7 +69,8 @@ class Block(nn.Module):
         peg: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.rates, self.norm_place = rates, norm_place
+        # A list: a compiler takes the numbers of a tuple for constants, and would compile each block anew for its own.
+        self.rates, self.norm_place = list(rates), norm_place
         shared = len(rates) > 1
 
         def each(make: Make) -> nn.Module:
@@ -124,40 +125,37 @@ class Block(nn.Module):
         places: Places | None,
         qkv: list[Tensor] | None,
     ) -> Tensor:
+        """One repetition; the arguments are forward's, with trace as the list to which attention adds."""
         norm1, ls1, norm2, ls2 = (one_of(m, repetition) for m in (self.norm1, self.ls1, self.norm2, self.ls2))
         rate = self.rates[repetition] if self.training else 0.0
-        if self.norm_place != "pre":
-            if last is not None or common is not None:
-                raise ValueError("only a pre-norm block can compute some tokens alone")
-            return self._normed_later(x, repetition, places, qkv)
+        if self.norm_place != "pre" and (last is not None or common is not None):
+            raise ValueError("only a pre-norm block can compute some tokens alone")
         base = x if last is None else x[:, -last:]
-        if common is None:
-            more: dict[str, Any] = {"places": places, "repetition": repetition, "qkv": qkv}
-            every = qkv is not None or (places is not None and places.present is not None)
-            x = add_branch(base, x, lambda x: ls1(self.attn(norm1(x), last, **more)), rate, every)
-        elif rate:
-            raise ValueError("samples cannot be dropped and have tokens in common at once: set drop_path to 0")
-        else:
+        if common is not None:
+            if rate:
+                raise ValueError("samples cannot be dropped and have tokens in common at once: set drop_path to 0")
             rows, index = common
             own_tokens = norm1(x[:, : -index.shape[1]])
             x = base + ls1(self.attn(own_tokens, last, (norm1(rows), index)))
-        return add_branch(x, x, lambda x: ls2(feed(x, norm2, self.mlp)), rate)
+            return add_branch(x, x, lambda x: ls2(feed(x, norm2, self.mlp)), rate)
 
-    def _normed_later(self, x: Tensor, repetition: int, places: Places | None, qkv: list[Tensor] | None) -> Tensor:
-        """One repetition with the norms after the branches (res_post) or after the sums (post)."""
-        norm1, ls1, norm2, ls2 = (one_of(m, repetition) for m in (self.norm1, self.ls1, self.norm2, self.ls2))
-        rate = self.rates[repetition] if self.training else 0.0
+        def attention(x: Tensor) -> Tensor:
+            return self.attn(x, last, places=places, repetition=repetition, qkv=qkv)
+
+        # Each sample's places, and the rows of a trace, belong to the whole batch: no sample may be left out of it.
         every = qkv is not None or (places is not None and places.present is not None)
-        more: dict[str, Any] = {"places": places, "repetition": repetition, "qkv": qkv}
+        if self.norm_place == "pre":
+            x = add_branch(base, x, lambda x: ls1(attention(norm1(x))), rate, every)
+            return add_branch(x, x, lambda x: ls2(feed(x, norm2, self.mlp)), rate)
         if self.norm_place == "post":
-            x = norm1(add_branch(x, x, lambda x: ls1(self.attn(x, **more)), rate, every))
+            x = norm1(add_branch(x, x, lambda x: ls1(attention(x)), rate, every))
             return norm2(add_branch(x, x, lambda x: ls2(self.mlp(x)), rate))
-        x = add_branch(x, x, lambda x: ls1(norm1(self.attn(x, **more))), rate, every)
+        x = add_branch(x, x, lambda x: ls1(norm1(attention(x))), rate, every)
         return add_branch(x, x, lambda x: ls2(norm2(self.mlp(x))), rate)
 
 
-def one_of(module: nn.Module, repetition: int) -> nn.Module:
-    """What a repetition of a shared block has of its own: its entry of a list, or the module all share."""
+def one_of(module: Any, repetition: int) -> Any:
+    """What a repetition of a shared block has of its own: its entry of a list, or the module (or None) all share."""
     return module[repetition] if isinstance(module, nn.ModuleList) else module
 
 
@@ -171,6 +169,7 @@ class _Attending(nn.Module):
         self.ls = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+        """x [B, N, D] -> what is added to it, [B, N, D]."""
         return self.ls(self.attn(self.norm(x), places=places))
 
 
@@ -184,6 +183,7 @@ class _Feeding(nn.Module):
         self.ls = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor, places: Places | None = None) -> Tensor:
+        """x [B, N, D] -> what is added to it, [B, N, D]; places do not matter here."""
         return self.ls(feed(x, self.norm, self.mlp))
 
 

@@ -22,8 +22,13 @@ from .swiglu import SwiGLU
 def attention_of(
     cfg: Model, size: Size, grid: tuple[int, int], prefix: int, block: int, repetitions: int = 1
 ) -> Callable[[], nn.Module]:
-    """Makes the attention of one block (the number of its first repetition), or of one branch of a parallel block."""
-    if cfg.attention in OVER_A_MAP and block in (cfg.attention_blocks or range(size.depth)):
+    """What makes the attention of one block, or of one branch of a parallel block.
+
+    grid: patches down and across; prefix: tokens before them. block: its number, of a shared one that of its first
+    repetition; repetitions: blocks that share it.
+    """
+    chosen = block in (cfg.attention_blocks or range(size.depth))  # its attention is cfg.attention; else softmax
+    if chosen and cfg.attention in OVER_A_MAP:
         return lambda: OnGrid(map_attention_of(cfg, size), grid)
     irpe = None
     if cfg.irpe != "none":
@@ -36,7 +41,7 @@ def attention_of(
         irpe=irpe,
         irpe_on=cfg.irpe_on if irpe else "",
         mixing=None if cfg.head_mixing == "none" else cfg.head_mixing == "affine",
-        reattention=cfg.attention == "reattention" and block in (cfg.attention_blocks or range(size.depth)),
+        reattention=chosen and cfg.attention == "reattention",
         repetitions=repetitions,
     )
     if parts == Parts(repetitions=repetitions) and cfg.relative == "none" and not cfg.rope:
@@ -59,7 +64,7 @@ def norm_of(cfg: Model, size: Size) -> nn.Module:
 
 
 def blocks_of(cfg: Model, size: Size, grid: tuple[int, int], prefix: int) -> list[nn.Module]:
-    """The trunk's modules in order: depth blocks, or one for each group, with as many repetitions."""
+    """The trunk's modules in order: one for each block, or for each group of blocks that share weights."""
     steps = max(size.depth - 1, 1)
     ramp = [step / steps if cfg.drop_path_shape == "linear" else 1.0 for step in range(size.depth)]
     rates = [cfg.drop_path * share for share in ramp]

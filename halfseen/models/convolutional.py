@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Common
-from .places import Places
+from .attention import Common, by_head
 
 Padding = Literal["masked", "zero"]
 
@@ -32,7 +31,7 @@ class Attention2d(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, h, w, C] -> [B, h, w, C'] and weights [B, H, h*w, M]; mask [h*w, M] is added to the scores."""
-        q, k, v = (self._heads(part.flatten(1, 2)) for part in self._project(x))
+        q, k, v = (by_head(part.flatten(1, 2), self.heads) for part in self._project(x))
         scores = q @ k.transpose(-2, -1) * self.scale
         weights = (scores if mask is None else scores + mask).softmax(-1)
         return self._out(weights @ v, x), weights
@@ -41,10 +40,6 @@ class Attention2d(nn.Module):
         """Queries [B, h, w, I], keys and values [B, h/k, w/k, I]."""
         keys, values = self.kv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).chunk(2, dim=-1)
         return pointwise(x, self.q), keys, values
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, N, I] -> [B, H, N, d]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _out(self, mixed: Tensor, x: Tensor) -> Tensor:
         """[B, H, h*w, d] -> [B, h, w, C']."""
@@ -77,7 +72,7 @@ class ConvAttention2d(Attention2d):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [B, h, w, C] -> [B, h, w, C'] and weights [B, H, h*w, kernel**2], windows row by row."""
         projected = self._project(x)
-        q = self._heads(projected[0].flatten(1, 2))[..., None, :]  # [B, H, N, 1, d]
+        q = by_head(projected[0].flatten(1, 2), self.heads)[..., None, :]  # [B, H, N, 1, d]
         k, v = (self._windows(part) for part in projected[1:])
         scores = (q @ k.transpose(-2, -1))[..., 0, :] * self.scale
         if self.padding == "masked":
@@ -131,17 +126,8 @@ class OnGrid(nn.Module):
         super().__init__()
         self.map, self.grid = attention, grid
 
-    def forward(
-        self,
-        x: Tensor,
-        last: int | None = None,
-        common: Common | None = None,
-        *,
-        places: Places | None = None,
-        repetition: int = 0,
-        qkv: list[Tensor] | None = None,
-    ) -> Tensor:
-        """x [B, h*w, D] -> [B, h*w, D]; Attention's other arguments do not apply, and nothing is added to qkv."""
+    def forward(self, x: Tensor, last: int | None = None, common: Common | None = None, **_: object) -> Tensor:
+        """x [B, h*w, D] -> [B, h*w, D]. Attention's other arguments do not apply: nothing is added to qkv."""
         if last is not None or common is not None:
             raise ValueError("only plain attention can compute some tokens alone")
         return self.map(x.unflatten(1, self.grid))[0].flatten(1, 2)

@@ -51,7 +51,7 @@ class Frugal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of x alone."""
+        """The gradient of x [B, N, D] alone."""
         (x,) = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.enable_grad(), autocast(x, ctx.kind):
@@ -77,5 +77,5 @@ def autocast_type(x: Tensor) -> torch.dtype | None:
 
 
 def autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """The same outside of the forward."""
+    """Autocast in a backward as ``autocast_type`` found it in the forward."""
     return torch.autocast(x.device.type, dtype, cache_enabled=False) if dtype else nullcontext()

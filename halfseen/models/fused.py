@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, attend
+from .attention import Attention, attend, by_head
 from .block import ParallelBlock
 from .feed import Mlp
 from .linear import Linear
@@ -58,7 +58,7 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, repetition: int | None = None, *, places: Places | None = None) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
         qkv = self.qkv(self._normed(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv)
+        q, k, v = (by_head(part, self.heads) for part in qkv)
         x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
         x = x + self.fc2(F.gelu(self.fc1(self._normed(x))))
         return x if self.peg is None else self.peg(x)
@@ -76,7 +76,7 @@ def parts_of(norm: Any, map_: Any, kind: type[nn.Module], scale: Any) -> tuple[n
 
 
 def entered(norm: nn.LayerNorm, after: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the map that does to a normalised input what norm weight, norm bias and the map do."""
+    """Weight [E, D] and bias [E] of a map that does what the norm's weight and bias and then ``after`` do."""
     offset = after.weight @ norm.bias
     return after.weight * norm.weight, offset if after.bias is None else offset + after.bias
 
@@ -88,7 +88,7 @@ def summed(branches: list[tuple[nn.Linear, Tensor | float]]) -> nn.Linear:
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear map with these values."""
+    """A linear map with weight [E, D] and bias [E]."""
     made = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     made.weight.copy_(weight)
     made.bias.copy_(bias)

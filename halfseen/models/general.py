@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Attention, Common, attend
+from .block import one_of
 from .irpe import Encoding, encoding_of
 from .places import Places
 from .reattention import ReAttention
@@ -108,7 +109,7 @@ class GeneralAttention(Attention):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def probabilities(self, x: Tensor, places: Places | None = None, repetition: int = 0) -> Tensor:
-        """As Attention's: after what acts on scores, and before what mixes the maps of the softmax."""
+        """As Attention's, [B, H, N, N]: after what acts on scores, and before what mixes the maps of the softmax."""
         places = Places() if places is None else places
         q, k, _ = self._turned(self._project(x), places)
         return self._scores(q, k, self._bias(places), places, repetition).softmax(-1)
@@ -122,7 +123,7 @@ class GeneralAttention(Attention):
 
     def _turned(self, projected: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
         """The heads' queries, keys and values [B, H, N, d], the first two turned by their places."""
-        q, k, v = self._heads(projected, 3)
+        q, k, v = self._split(projected, 3)
         return (q, k, v) if places.rotation is None else (rotate(q, places.rotation), rotate(k, places.rotation), v)
 
     def _scores(self, q: Tensor, k: Tensor, bias: Tensor | None, places: Places, repetition: int) -> Tensor:
@@ -130,23 +131,23 @@ class GeneralAttention(Attention):
         scale = q.shape[-1] ** -0.5
         q = q * scale
         scores = q @ k.transpose(-2, -1)
-        if (rpe := own(self.rpe_k, repetition)) is not None:
+        if (rpe := one_of(self.rpe_k, repetition)) is not None:
             scores = scores + rpe(q, places.present)
-        if (rpe := own(self.rpe_q, repetition)) is not None:
+        if (rpe := one_of(self.rpe_q, repetition)) is not None:
             scores = scores + rpe(k * scale, places.present).transpose(-2, -1)
         if bias is not None:
             scores = scores + bias
-        mixing = own(self.proj_l, repetition)
+        mixing = one_of(self.proj_l, repetition)
         return scores if mixing is None else mixing(scores)
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, places: Places, repetition: int) -> Tensor:
         """The values [B, H, N, d], weighted by scores that are seen on the way."""
         weights = self._scores(q, k, bias, places, repetition).softmax(-1)
-        for part in (own(self.proj_w, repetition), own(self.reattention, repetition)):
+        for part in (one_of(self.proj_w, repetition), one_of(self.reattention, repetition)):
             weights = weights if part is None else part(weights)
         weights = F.dropout(weights, self.dropout, self.training)
         mixed = weights @ v
-        if (rpe := own(self.rpe_v, repetition)) is not None:
+        if (rpe := one_of(self.rpe_v, repetition)) is not None:
             mixed = mixed + rpe(weights, places.present)
         return mixed
 
@@ -157,8 +158,3 @@ class GeneralAttention(Attention):
             own = bias_of(self.relative_position_bias_table, self.relative_position_index, places.present)
             bias = own if bias is None else bias + own
         return bias
-
-
-def own(module: nn.Module | None, repetition: int) -> nn.Module | None:
-    """A repetition's own entry of a list, or the module that all share."""
-    return module[repetition] if isinstance(module, nn.ModuleList) else module

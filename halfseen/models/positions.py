@@ -1,5 +1,7 @@
 """Absolute position tables: MAE's fixed sine-cosine layout, and moving a table to another grid."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,3 +40,16 @@ def resize(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], 
     plane = F.interpolate(plane, size=new_grid, mode="bicubic", align_corners=False)
     rows = plane.flatten(2).transpose(1, 2).to(table.dtype)
     return torch.cat([table[:, :prefix_rows], rows], dim=1)
+
+
+def resize_blocks(table: Tensor, places: int) -> Tensor:
+    """Resample a table of square blocks that tile a square (NesT), over the borders of the blocks.
+
+    table [1, T, N, D] -> [1, T, places, D]. As resize, and as timm does it (models/nest.py, resize_pos_embed).
+    """
+    across, old, new = (math.isqrt(count) for count in (table.shape[1], table.shape[2], places))
+    tiles = table.unflatten(2, (old, old)).unflatten(1, (across, across)).transpose(2, 3)  # [1, a, o, a, o, D]
+    plane = tiles.flatten(3, 4).flatten(1, 2).flatten(1, 2)
+    moved = resize(plane, (across * old, across * old), (across * new, across * new), 0)
+    tiles = moved.unflatten(1, (across, new, across, new)).transpose(2, 3)
+    return tiles.flatten(3, 4).flatten(1, 2)

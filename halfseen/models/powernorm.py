@@ -75,7 +75,7 @@ class Power(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: PowerNorm, counted: Tensor | None) -> Tensor:
         """See the class."""
-        square = mean_over_ranks((x if counted is None else x[counted]).square().reshape(-1, x.shape[-1]))
+        square = mean_over_ranks(x.square().reshape(-1, x.shape[-1]), counted)
         z = x * (norm.advance(square) + norm.eps).rsqrt()
         ctx.norm = norm
         ctx.save_for_backward(z, square, weight)
@@ -93,10 +93,14 @@ class Power(torch.autograd.Function):
         return g * (square + norm.eps).rsqrt(), of_weight, rows.sum(0), None, None
 
 
-def mean_over_ranks(rows: Tensor) -> Tensor:
-    """The mean of rows [M, C] over all ranks' rows, [C]."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+def mean_over_ranks(rows: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The mean of rows [M, C] over all ranks' rows, [C]; of those alone that counted, bool of M numbers, names."""
+    alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    if counted is None and alone:
         return rows.mean(0)
-    total = torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])
-    dist.all_reduce(total)
+    # Weights, not an index: how many rows it leaves would have to be known on the host.
+    weight = rows.new_ones(len(rows), 1) if counted is None else counted.reshape(-1, 1).to(rows.dtype)
+    total = torch.cat([(rows * weight).sum(0), weight.sum(0)])
+    if not alone:
+        dist.all_reduce(total)
     return total[:-1] / total[-1]

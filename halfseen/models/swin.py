@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halfseen.config import ConfigError, between, positive
 
 from .attention import attend
-from .block import add_branch
+from .block import add_branch, one_of
 from .feed import Mlp
 from .general import HeadMixing
 from .relative import bias_of, relative_index, relative_rows
@@ -288,7 +288,7 @@ class SwinBlock(nn.Module):
         self, width: int, heads: int, side: int, rates: tuple[float, ...], first_shifted: int, cfg: SwinConfig
     ) -> None:
         super().__init__()
-        self.rates, self.first_shifted, self.side = rates, first_shifted, side
+        self.rates, self.first_shifted, self.side = list(rates), first_shifted, side  # a list: see Block
         self.window = min(cfg.window, side)
         self.shift = self.window // 2 if side > self.window else 0
         self.mask_unshifted, self.conv_on_norm = cfg.mask_unshifted, cfg.conv_on_norm
@@ -389,11 +389,6 @@ def each(count: int, make: Callable[[], nn.Module]) -> nn.Module:
     return make() if count == 1 else nn.ModuleList(make() for _ in range(count))
 
 
-def one_of(module: nn.Module, repetition: int) -> nn.Module:
-    """The repetition's own module of a list; a module that all share."""
-    return module[repetition] if isinstance(module, nn.ModuleList) else module
-
-
 def depthwise(width: int, bias: bool) -> nn.Conv2d:
     """A convolution that keeps the map's size and mixes no channels."""
     return nn.Conv2d(width, width, CONV_SIDE, padding=CONV_SIDE // 2, groups=width, bias=bias)
@@ -406,7 +401,7 @@ def to_windows(x: Tensor, window: int) -> Tensor:
 
 
 def from_windows(windows: Tensor, side: int) -> Tensor:
-    """The inverse of to_windows for a square map."""
+    """The inverse of to_windows for a square map: [B*W, M*M, C] -> [B, side, side, C]."""
     window = round(windows.shape[1] ** 0.5)
     x = windows.view(-1, side // window, side // window, window, window, windows.shape[-1])
     return x.transpose(2, 3).reshape(-1, side, side, windows.shape[-1])

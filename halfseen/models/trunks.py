@@ -9,12 +9,13 @@ from halfseen.config import Model
 
 from .alternet import STRIDE, AlterNet, AlterNetConfig
 from .hierarchical import TimmConfig, TimmTrunk, sides
+from .pyramid import Pyramid, PyramidConfig
 from .swin import Swin, SwinConfig
 from .vit import ViT
 
-Kind = Literal["vit", "swin", "timm", "alternet"]
-Section = Model | SwinConfig | TimmConfig | AlterNetConfig
-Trunk = ViT | Swin | TimmTrunk | AlterNet
+Kind = Literal["vit", "swin", "timm", "alternet", "pyramid"]
+Section = Model | SwinConfig | TimmConfig | AlterNetConfig | PyramidConfig
+Trunk = ViT | Swin | TimmTrunk | AlterNet | Pyramid
 
 # Kind -> the name of its section, and what it is.
 SECTIONS: dict[str, tuple[str, type[Section]]] = {
@@ -22,6 +23,7 @@ SECTIONS: dict[str, tuple[str, type[Section]]] = {
     "swin": ("swin", SwinConfig),
     "timm": ("timm", TimmConfig),
     "alternet": ("alternet", AlterNetConfig),
+    "pyramid": ("pyramid", PyramidConfig),
 }
 KINDS = {kind: name for name, (_, kind) in SECTIONS.items()}
 
@@ -43,6 +45,8 @@ def build(section: Section, image_size: int) -> Trunk:
         return ViT(section, image_size)
     if isinstance(section, SwinConfig):
         return Swin(section, image_size)
+    if isinstance(section, PyramidConfig):
+        return Pyramid(section, image_size)
     return TimmTrunk(section, image_size) if isinstance(section, TimmConfig) else AlterNet(section, image_size)
 
 
@@ -51,8 +55,8 @@ def trunk_of(config: Any) -> Trunk:
     return build(section_of(config), config.data.image_size)
 
 
-def stride_of(section: SwinConfig | TimmConfig | AlterNetConfig, image_size: int) -> int:
+def stride_of(section: SwinConfig | TimmConfig | AlterNetConfig | PyramidConfig, image_size: int) -> int:
     """Pixels on the side of a place of the last stage."""
     if isinstance(section, TimmConfig):
         return sides(section, image_size)[1]
-    return section.stride if isinstance(section, SwinConfig) else STRIDE
+    return section.stride if isinstance(section, SwinConfig | PyramidConfig) else STRIDE

@@ -154,7 +154,10 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Tensor:
-        """What enters the first block: stem, mask tokens, positions, prefix tokens. Arguments as in forward."""
+        """What enters the first block, [B, prefix + N or visible, D]: stem, mask tokens, positions, prefix tokens.
+
+        Arguments as in forward.
+        """
         self._check_image(image)
         x = self.patch_embed(image, index)
         if mask_token is not None:

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from halfseen.classification import Task
-from halfseen.config import Augment, ConfigError, Data, Engine, Model, Monitor, Optim, Run, at_least, between, positive
+from halfseen.config import Augment, ConfigError, Data, Model, Monitor, Optim, Run, at_least, between, positive
+from halfseen.engine_config import Engine
 from halfseen.models.alternet import AlterNetConfig
 from halfseen.models.hierarchical import TimmConfig
 from halfseen.models.legality import check_visible_only
+from halfseen.models.pyramid import PyramidConfig
 from halfseen.models.swin import SwinConfig
 from halfseen.models.trainable import check_trainable
 from halfseen.models.trunks import Kind
@@ -109,6 +111,7 @@ class Distill:
     swin: SwinConfig = field(default_factory=SwinConfig)
     timm: TimmConfig = field(default_factory=TimmConfig)
     alternet: AlterNetConfig = field(default_factory=AlterNetConfig)
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
     data: Data = field(default_factory=lambda: Data(repeats=3))
     augment: Augment = field(
         default_factory=lambda: Augment(

@@ -30,7 +30,10 @@ def hard(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def soft(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """DeiT's soft distillation: KL(teacher || student) at a temperature, times its square, over B * K (not B)."""
+    """DeiT's soft distillation: KL(teacher || student) at a temperature, times its square, over B * K (not B).
+
+    Both [B, K].
+    """
     student = F.log_softmax(logits.float() / temperature, dim=-1)
     target = F.log_softmax(teacher.float() / temperature, dim=-1)
     return F.kl_div(student, target, reduction="sum", log_target=True) * temperature**2 / logits.numel()
@@ -43,13 +46,13 @@ def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 1.0
 
 
 def binary(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Binary cross entropy per class with the teacher's sigmoid, mean over images and classes; goes with loss=bce."""
+    """Binary cross entropy per class with the teacher's sigmoid, mean over both axes of [B, K]; goes with loss=bce."""
     target = torch.sigmoid(teacher.float() / temperature)
     return F.binary_cross_entropy_with_logits(logits.float() / temperature, target)
 
 
 def of_scores(kind: str, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The loss on scores that a config names."""
+    """The loss on scores [B, K] that a config names: distillation.scores."""
     if kind == "hard":
         return hard(logits, teacher)
     return {"soft": soft, "soft_ce": soft_cross_entropy, "bce": binary}[kind](logits, teacher, temperature)
@@ -89,21 +92,24 @@ def hidden_relation_code(student: Tensor, teacher: Tensor, factor: float = WINDO
 
 
 def hidden_relation_paper(student: Tensor, teacher: Tensor) -> Tensor:
-    """The paper's form (MiniViT, eq. 12): cross entropy of rows of softmax(H H^T / sqrt(d)); mean over rows."""
+    """The paper's form (MiniViT, eq. 12): cross entropy of rows of softmax(H H^T / sqrt(d)); mean over rows.
+
+    student [B, N, C], teacher [B, N, C'].
+    """
     ours, theirs = student.float(), teacher.float()
     return soft_cross_entropy(relation_logits(ours, ours, 1), relation_logits(theirs, theirs, 1))
 
 
 def hidden_relation(student: Tensor, teacher: Tensor, form: Literal["code", "paper"], factor: float) -> Tensor:
-    """The hidden-state loss of one block in the form a config names."""
+    """The hidden-state loss of one block, [B, N, C] and [B, N, C'], in the form a config names."""
     return hidden_relation_code(student, teacher, factor) if form == "code" else hidden_relation_paper(student, teacher)
 
 
 def matching(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of hidden states; the student's are already projected to the teacher's width."""
+    """Mean squared difference of hidden states [B, N, C'], the student's already projected to the teacher's width."""
     return F.mse_loss(student.float(), teacher.float())
 
 
 def over_layers(losses: Sequence[Tensor]) -> Tensor:
-    """Mean over the mapped layers."""
+    """Mean of scalars, one for each pair of compared blocks."""
     return torch.stack(list(losses)).mean()

@@ -61,7 +61,7 @@ class HiddenPatches(nn.Module):
         raise NotImplementedError
 
     def scalars(self, tokens: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The weighted loss of the trunk's last tokens, loss_mim, and what else the target measures.
+        """The weighted loss of the trunk's last tokens [B, M, D], loss_mim, and what else the target measures.
 
         The batch holds mask bool [B, N], True = hidden, and hidden_target [B, N, ...].
         """
@@ -70,7 +70,7 @@ class HiddenPatches(nn.Module):
         return {"loss_mim": self.weight * found["loss"]} | rest
 
     def predicted(self, tokens: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the target makes of the predictions."""
+        """What the target makes of the predictions; the arguments are those of ``scalars``."""
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
@@ -99,7 +99,7 @@ class Replaced(HiddenPatches):
         return encoder.trace(batch["image"], batch["mask"], self.mask_token, layers=layers.hidden, qkv=layers.qkv)
 
     def alike(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
-        """All of them: what stands for a hidden patch is to become what the teacher saw there."""
+        """All of them, [B, N, ...]: what stands for a hidden patch is to become what the teacher saw there."""
         return tokens
 
     def predicted(self, tokens: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class LeftOut(HiddenPatches):
         return encoder.trace(batch["image"], index=visible, layers=layers.hidden, qkv=layers.qkv)
 
     def alike(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Visible ones, in ascending order."""
+        """Visible ones, [B, visible, ...], in ascending order."""
         return rows_of(tokens, split(batch["mask"], self.visible)[0])
 
     def predicted(self, tokens: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:

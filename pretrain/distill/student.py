@@ -151,5 +151,5 @@ def new_fit(width: int, teacher_width: int) -> nn.Linear:
 
 
 def agreement(logits: Tensor, target: Tensor) -> Tensor:
-    """Share of rows whose highest entry is the same."""
+    """Share of rows of two [B, K] whose highest entry is the same."""
     return (logits.detach().argmax(-1) == target.argmax(-1)).float().mean()

@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from halfseen import data, distributed, stage, teachers
+from halfseen import data, distributed, opening, stage, teachers
 from halfseen.classification import prepare
 from halfseen.classification.evaluation import Evaluations
-from halfseen.config import Batches, ConfigError
+from halfseen.config import ConfigError
 from halfseen.data.transforms import finetune_transform
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.models import ViT, trunks
 
@@ -21,15 +22,16 @@ from . import masking, teacher
 from . import store as answers
 from .config import Distill, Distillation
 from .shares import GradientShares
+from .store import Answer
 from .student import Distilled
-from .teacher import Answer, Ask
+from .teacher import Ask
 
 SCHEMA = Distill
 
 
 def main(argv: Sequence[str]) -> int:
     """``halfseen distill RECIPE_OR_RUN key=value ...``; returns the exit code."""
-    opened = stage.open_run(SCHEMA, argv)
+    opened = opening.open_run(SCHEMA, argv)
     config, folder = opened.config, opened.folder
     with distributed.started(config.engine.device) as world:
         made = parts(config, world, folder)
@@ -116,7 +118,7 @@ def live_teacher(config: Distill, world: World) -> teacher.Live:
 
 
 def black(config: Distill) -> Tensor:
-    """One image, to find out shapes with."""
+    """One image [1, 3, S, S], to find out shapes with."""
     return torch.zeros(1, 3, config.data.image_size, config.data.image_size)
 
 

@@ -40,13 +40,13 @@ class Target(Protocol):
     width: int
 
     def __call__(self, batch: dict[str, Any]) -> Tensor | None:
-        """The right answers."""
+        """The right answers [B, N, ...]."""
 
     def loss(self, prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """How wrong a prediction is."""
+        """How wrong a prediction [..., width] is."""
 
     def picture(self, batch: dict[str, Any], prediction: Tensor, augment: Augment) -> Tensor:
-        """What a person should see."""
+        """What a person should see: uint8 [3, height, width]."""
 
 
 def pixels(config: "Pretrain", device: torch.device) -> Target:

@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from halfseen.config import Augment, ConfigError, at_least
-from halfseen.teachers import renormalisation
+from halfseen.teachers import AUTOCAST, renormalisation
 
 from ..pictures import covered, sheet
 from ..store import StoreConfig
 from ..tokenizers import Tokenizer
 from .average import average
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RIGHT, WRONG = (0.1, 0.7, 0.2), (0.8, 0.1, 0.1)  # colours of a patch whose code was told, and was not
 
 

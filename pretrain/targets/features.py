@@ -215,7 +215,7 @@ def resized(tokens: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tenso
 
 
 def whitened(tokens: Tensor) -> Tensor:
-    """Each token with mean 0 and variance 1 over its channels: LayerNorm without weights, float32."""
+    """Tokens [..., D], each with mean 0 and variance 1 over its channels: LayerNorm without weights, float32."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 

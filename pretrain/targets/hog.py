@@ -4,6 +4,7 @@ The definition is SlowFast's (slowfast/models/operators.py), which is not the cl
 one bin, gradients of the normalised image, each channel on its own.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -58,8 +59,7 @@ class HOG:
 def histograms(image: Tensor) -> Tensor:
     """float32 [B, 3, H, W] -> [B, 3, 9, H/8, W/8], each histogram of length 1 (or 0 where the image is flat)."""
     channels = image.shape[1]
-    kernel = image.new_tensor(SOBEL)
-    kernels = torch.stack([kernel, kernel.T])[:, None].repeat(channels, 1, 1, 1)
+    kernels = sobel(image.device)[:, None].repeat(channels, 1, 1, 1)
     padded = F.pad(image, (1, 1, 1, 1), mode="reflect")
     across, down = F.conv2d(padded, kernels, groups=channels).unflatten(1, (channels, 2)).unbind(2)
     magnitude = torch.hypot(across, down)
@@ -69,6 +69,13 @@ def histograms(image: Tensor) -> Tensor:
     return F.normalize(torch.stack(votes, dim=2) * CELL**2, dim=2)
 
 
+@functools.cache
+def sobel(device: torch.device) -> Tensor:
+    """The kernels of both axes, float32 [2, 3, 3]; kept, because numbers of Python's reach a GPU with a wait for it."""
+    kernel = torch.tensor(SOBEL)
+    return torch.stack([kernel, kernel.T]).to(device)
+
+
 def by_patch(cells: Tensor, side: int) -> Tensor:
     """[B, 3, 9, h*side, w*side] -> [B, h*w, 27*side*side]."""
     tiles = cells.flatten(1, 2).unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, 27, h, side, w, side]
@@ -76,7 +83,7 @@ def by_patch(cells: Tensor, side: int) -> Tensor:
 
 
 def by_cell(patches: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """The inverse of by_patch, for a grid (h, w) of patches."""
+    """The inverse of by_patch, for a grid (h, w) of patches: [B, h*w, 27*side*side] -> [B, 3, 9, h*side, w*side]."""
     tiles = patches.unflatten(2, (3, BINS, side, side)).unflatten(1, grid)  # [B, h, w, 3, 9, side, side]
     return tiles.permute(0, 3, 4, 1, 5, 2, 6).flatten(5).flatten(3, 4)
 

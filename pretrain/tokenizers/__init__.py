@@ -16,6 +16,7 @@ from halfseen.checkpoint import read_weights
 from halfseen.config import ConfigError, Model
 from halfseen.models import ViT
 from halfseen.models.sizes import resolve
+from halfseen.origin import config_of
 from halfseen.teachers import section
 
 from .dvae import DVAE, DallE, DVAEConfig, Encoder
@@ -51,8 +52,7 @@ def load(source: str, heads: int = 0) -> Tokenizer:
         if path.suffix == ".pkl":
             fix = "a pickled module can run any code: load it where you trust it and torch.save its state_dict as .pth"
         raise ConfigError(KEY, source, refused.reason, fix) from refused
-    holders = (path, *path.resolve().parents[:2]) if path.is_dir() else ()
-    config = next((folder / "config.yaml" for folder in holders if (folder / "config.yaml").is_file()), None)
+    config = config_of(path) if path.is_dir() else None
     if config is not None:
         return from_run(source, yaml.safe_load(config.read_text()), weights)
     layout = layouts.detect(weights)

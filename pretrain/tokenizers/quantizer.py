@@ -184,7 +184,7 @@ def kmeans(samples: Tensor, means: Tensor, rounds: int) -> tuple[Tensor, Tensor]
     counts = torch.zeros(len(means), dtype=torch.int64, device=means.device)
     for _ in range(rounds):
         nearest = torch.cat([(part @ means.T).argmax(1) for part in samples.split(CHUNK)])
-        counts = torch.bincount(nearest, minlength=len(means))
+        counts = torch.zeros_like(counts).index_add_(0, nearest, torch.ones_like(nearest))
         sums = torch.zeros_like(means).index_add_(0, nearest, samples)
         means = torch.where((counts == 0)[:, None], means, F.normalize(sums, dim=1))
     return means, counts

@@ -12,7 +12,7 @@ import ranks
 import torch
 from toys import TOTAL, Student, make, steps
 
-from halfseen import config, engines, optim
+from halfseen import config, engine_config, engines, optim
 from halfseen.checkpoint import Checkpoints, checkpoints, read_weights
 from halfseen.checkpoint import folder as layout
 from halfseen.config import ConfigError
@@ -38,6 +38,11 @@ def flip(path, at=-20):
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+def edit(folder, **changes):
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -73,6 +78,11 @@ def test_a_half_written_checkpoint_does_not_exist_and_is_cleared_by_the_next(tmp
         (lambda folder: (folder / "__0_0.distcp").write_bytes(b"short"), "5 bytes instead of"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json"),
+        (lambda folder: edit(folder, position=19), "content has changed"),
+        (lambda folder: edit(folder, meta={"config": "test"}), "content has changed"),
+        (lambda folder: edit(folder, digest=None, files={}), "is not a manifest"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, capsys, damage, word):
@@ -89,6 +99,39 @@ def test_all_damaged_means_none(tmp_path, capsys):
     flip(store.folder / "img_000000000010" / "__0_0.distcp")
     assert store.newest() is None
     assert "__0_0.distcp" in capsys.readouterr().err
+
+
+def test_a_run_begins_anew_only_where_it_has_no_checkpoint_at_all(tmp_path):
+    assert Checkpoints(tmp_path / "none", 3, World()).to_continue() is None
+    store = written(tmp_path, 10, 20)
+    flip(store.folder / "img_000000000020" / "__0_0.distcp")
+    assert store.to_continue().name == "img_000000000010"
+    edit(store.folder / "img_000000000010", format=99)
+    with pytest.raises(ConfigError, match=r"none of its 2 checkpoints is healthy.*\n.*remove .*checkpoints to start"):
+        store.to_continue()
+
+
+def test_a_manifest_without_a_digest_of_itself_is_read(tmp_path):
+    """As those of the first weeks are."""
+    store = written(tmp_path, 10)
+    manifest = store.folder / "img_000000000010" / "manifest.json"
+    plain = json.loads(manifest.read_text())
+    assert len(plain.pop("digest")) == 64
+    manifest.write_text(json.dumps(plain))
+    assert store.newest().name == "img_000000000010"
+
+
+def test_of_a_linked_checkpoint_the_link_is_removed(tmp_path):
+    """A person has moved it to another disk."""
+    store = written(tmp_path, 10, keep=1)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(store.folder / "img_000000000010", elsewhere)
+    (store.folder / "img_000000000010").symlink_to(elsewhere)
+    (store.folder / ".partial_removed_img_000000000005").symlink_to(elsewhere)  # what an interrupted removal leaves
+    assert store.newest().name == "img_000000000010"
+    store.save(20, state(), {})
+    assert [path.name for path in store.folder.iterdir()] == ["img_000000000020"]
+    assert (elsewhere / "manifest.json").exists()
 
 
 def test_the_newest_keep_are_kept(tmp_path):
@@ -198,8 +241,7 @@ def test_another_students_checkpoint_is_refused_naming_the_tensor(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path, capsys):
     store = written(tmp_path, 10)
-    manifest = store.folder / "img_000000000010" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    edit(store.folder / "img_000000000010", format=99)
     assert store.newest() is None
     assert "newer version" in capsys.readouterr().err
 
@@ -253,7 +295,7 @@ def test_a_changed_student_is_told_from_its_checkpoint(tmp_path):
     Checkpoints(tmp_path, 3, World()).save(0, engine.state(), {})
     tied = Student()
     groups = optim.groups(tied, config.Optim())
-    other = engines.create(config.Engine(), tied, config.Optim(), groups, World(), 0)
+    other = engines.create(engine_config.Engine(), tied, config.Optim(), groups, World(), 0)
     store = Checkpoints(tmp_path, 3, World())
     with pytest.raises(ConfigError, match=r"layers\.2\.grow\.weight"):
         store.load(store.newest(), other.state())

@@ -77,6 +77,18 @@ def test_files_are_read(tmp_path):
     assert torch.equal(read_weights(str(tmp_path / "w.pth"), "ema")["a"], torch.zeros(3))
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "backbone."])
+def test_what_a_wrapper_puts_before_every_name_is_taken_off(tmp_path, wrapper):
+    weights = {"a.b": torch.arange(3.0), "c": torch.ones(2)}
+    wrapped = {wrapper + name: value for name, value in weights.items()}
+    save_file(wrapped, tmp_path / "w.safetensors")
+    torch.save({"state_dict": wrapped, "optimizer": {"state": {0: {"step": 1}}}}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        assert read_weights(tmp_path / name).keys() == weights.keys()
+    torch.save(wrapped | {"d": torch.ones(1)}, tmp_path / "w.pth")  # not before every one: it may be a part's name
+    assert read_weights(tmp_path / "w.pth").keys() == {*wrapped, "d"}
+
+
 @pytest.mark.parametrize(
     ("make_it", "part", "reason"),
     [
@@ -130,3 +142,11 @@ def _touch(path):
 def _saved(path, content):
     torch.save(content, path)
     return path
+
+
+def test_a_run_that_has_not_saved_yet_is_told_from_a_wrong_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"no healthy checkpoint\n  fix: name a run"):
+        read_weights(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"no healthy checkpoint\n  fix: let the run reach its first save"):
+        read_weights(tmp_path)

@@ -21,7 +21,8 @@ from halfseen.classification.mixing import (
     resolve_stride,
     soft_targets,
 )
-from halfseen.config import Augment, Batches, ConfigError
+from halfseen.config import Augment, ConfigError
+from halfseen.derived import Batches
 
 BOTH = Augment(mixup=0.8, cutmix=1.0)
 SIDE = 8

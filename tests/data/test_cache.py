@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from halfseen.config import Augment, Batches, ConfigError, Data, Source
+from halfseen.config import Augment, ConfigError, Data, Source
 from halfseen.data import index, open_set, train_batches
 from halfseen.data.cache import Cache
 from halfseen.data.transforms import pretrain_transform
+from halfseen.derived import Batches
 
 
 def counted(shard: Path, log: Path) -> str:

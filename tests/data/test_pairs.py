@@ -6,11 +6,12 @@ import pytest
 import torch
 from torchvision.io import encode_png
 
-from halfseen.config import Batches, Data, Source
+from halfseen.config import Data, Source
 from halfseen.data import evaluation_batches, open_set, train_batches
 from halfseen.data.pairs import NOTHING, JointCrop, Pairs, ShortSide, decode_mask
 from halfseen.data.reader import BadSample
 from halfseen.data.writer import ShardWriter
+from halfseen.derived import Batches
 
 
 def pair(number, height=20, width=30):

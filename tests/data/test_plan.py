@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfseen.config import Batches
 from halfseen.data.loader import Share
 from halfseen.data.plan import BLOCK, Plan, shares
+from halfseen.derived import Batches
 
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 

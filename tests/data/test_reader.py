@@ -116,6 +116,19 @@ def test_labels_from_folders(tmp_path):
         reader_of(tmp_path, label="folder", classes=4)
 
 
+def test_keys_without_a_folder_have_no_folder_label(tmp_path):
+    with ShardWriter(tmp_path / "a.tar") as shard:
+        shard.write("one", {"jpg": b"1"})
+    with pytest.raises(ConfigError, match=r"data\.label='folder': no key in data\.train has a folder part\n.*=cls"):
+        reader_of(tmp_path, label="folder", classes=3)
+    with ShardWriter(tmp_path / "b.tar") as shard:
+        shard.write("2/two", {"jpg": b"1"})
+    reader = reader_of(tmp_path, label="folder", classes=3)
+    assert reader.read(0, 1, 0).label == 2
+    with pytest.raises(BadSample, match=r"the key has no folder part, which data\.label=folder reads"):
+        reader.read(0, 0, 0)
+
+
 def test_numeric_folders_are_the_class_even_if_some_are_absent(tmp_path):
     with ShardWriter(tmp_path / "a.tar") as shard:
         shard.write("7/x", {"jpg": b"1"})

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from halfseen import data
-from halfseen.config import Augment, Batches, Data, Source
+from halfseen.config import Augment, Data, Source
 from halfseen.data.masks import block_masks
 from halfseen.data.transforms import RandomCrop, TwoViews, pretrain_transform, resize
+from halfseen.derived import Batches
 
 
 def image_of(seed, height=90, width=120):

@@ -27,7 +27,8 @@ ranks on which six steps were compared with one process: losses and gradient nor
 2e-2 under bf16 and fp16 autocast, with two micro-batches per update (one on four ranks, or as the column says),
 clipping, layer-wise rates, a block used twice and a tied weight (recomputed by FairScale: without these two).
 Compiled blocks ran on torch's `aot_eager` backend. "refused" is an error at start; an empty cell was not tested and is
-not claimed. Nothing here ran on a GPU.
+not claimed. Nothing here ran on a GPU; that the tensors of every kind of step are on one device, and that the host
+never waits for it, is watched without one (`tests/test_devices.py`).
 
 """
 
@@ -48,6 +49,12 @@ were 13, 7 and 5 for groups of one, two and three (`tests/engines/test_shared.py
 ZeRO-3 too). ZeRO-3 keeps a weight for its next use when that is nearer than DeepSpeed's `stage3_max_reuse_distance`
 (10^9 weights by default): set in `engine.extra`, it must stay above the size of a block. Under autocast the uses of
 a shared weight are summed in fp32.
+
+## Compiled blocks
+
+`engine.compile` compiles one block for all that are alike: drop-path rates that differ are arguments of the code, not
+constants in it (`tests/models/test_block.py`). An MAE student takes three compilations (encoder, decoder, the decoder's
+last block) to train and two to predict; on a CPU, where the decoder's first block is another one, four and three.
 
 ## Recomputation
 
@@ -98,6 +105,9 @@ def page() -> str:
 
 A checkpoint written in any of these {len(test_switch.PLACES)} places (engine-ranks) was continued in every other, all
 {len(test_switch.PLACES) ** 2} ordered pairs, and the losses stayed on the uninterrupted curve: {places}.
+
+`halfseen pretrain runs/NAME engine.name=ddp` is all it takes: options of the engine that is left (`engine.zero_stage`,
+`engine.offload`, ...) return to their defaults. An option that the named engine would ignore is refused.
 """
     return HEAD + "\n".join(lines) + "\n" + switch + TAIL
 

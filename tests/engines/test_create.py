@@ -7,7 +7,7 @@ import pytest
 import ranks
 from toys import GATHER_ALL, Student, make
 
-from halfseen import config, engines
+from halfseen import config, engine_config, engines
 from halfseen.config import ConfigError
 from halfseen.distributed import World
 from halfseen.engines.deepspeed_options import derive
@@ -44,6 +44,11 @@ REFUSED = [
     ("zero2", {"shard_size": 2}, r"engine\.shard_size.*option of fsdp"),
     ("oss", {"offload": True}, r"engine\.offload.*option of fsdp and deepspeed"),
     ("ddp", {"offload": True}, r"engine\.offload.*ignored by ddp"),
+    ("auto", {"zero_stage": 3}, r"engine\.zero_stage=3.*option of deepspeed"),
+    ("zero2", {"fairscale": "sharded"}, r"engine\.fairscale.*option of fairscale"),
+    ("ddp", {"reshard": False}, r"engine\.reshard.*option of fsdp and fairscale"),
+    ("ddp", {"ema_start": 0.5}, r"engine\.ema_start.*\n.*set engine\.ema"),
+    ("ddp", {"ema_ramp": "10k"}, r"engine\.ema_start.*\n.*set engine\.ema"),
     ("ddp", {"offload_activations": True}, r"engine\.offload_activations.*\n.*recompute=true"),
     ("auto", {"gather": "bf16"}, r"engine\.gather.*option of fsdp"),
     ("fsdp", {"gather": "bf16"}, r"engine\.gather.*precision=fp32"),
@@ -61,7 +66,7 @@ def test_what_an_engine_cannot_do_is_refused_with_a_way_out(name, options, messa
 
 
 def test_extra_options_join_ours():
-    merged = derive(config.Engine(zero_stage=3, extra=str(GATHER_ALL)))
+    merged = derive(engine_config.Engine(zero_stage=3, extra=str(GATHER_ALL)))
     assert merged["zero_optimization"]["stage"] == 3
     assert merged["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     assert merged["gradient_clipping"] == 0
@@ -84,13 +89,13 @@ def test_extra_options_that_contradict_ours_are_refused(extra, named, tmp_path):
     path = tmp_path / "extra.json"
     path.write_text(extra)
     with pytest.raises(ConfigError, match=re.escape(named)):
-        derive(config.Engine(zero_stage=2, extra=str(path)))
+        derive(engine_config.Engine(zero_stage=2, extra=str(path)))
 
 
 def test_extra_options_that_agree_or_say_auto_pass(tmp_path):
     path = tmp_path / "extra.json"
     path.write_text('{"gradient_clipping": "auto", "zero_optimization": {"stage": 2, "overlap_comm": false}}')
-    assert derive(config.Engine(extra=str(path)))["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert derive(engine_config.Engine(extra=str(path)))["zero_optimization"] == {"stage": 2, "overlap_comm": False}
 
 
 def test_single_refuses_several_ranks():
@@ -119,8 +124,15 @@ def test_a_weight_tied_to_the_outside_of_the_blocks_is_refused():
         units(student.blocks(), student)
 
 
+def test_a_module_both_inside_and_outside_of_the_blocks_is_refused():
+    student = Student(tied=False)
+    student.last = student.layers[1].norm
+    with pytest.raises(ConfigError, match=r"last\.weight is also in block 1"):
+        units(student.blocks(), student)
+
+
 def test_a_shard_group_must_divide_the_world():
-    cfg = config.Engine(name="fsdp", shard_size=4)
+    cfg = engine_config.Engine(name="fsdp", shard_size=4)
     engines.refuse(cfg, config.Optim(), None)  # a launcher does not know yet
     with pytest.raises(ConfigError, match=r"engine\.shard_size.*\n.*\[1, 2, 3, 6\]"):
         engines.refuse(cfg, config.Optim(), 6)
@@ -129,13 +141,13 @@ def test_a_shard_group_must_divide_the_world():
 def unlike(world):
     import torch
 
-    from halfseen import config, engines, optim
+    from halfseen import config, engine_config, engines, optim
 
     torch.manual_seed(world.rank)
     student = Student()
     groups = optim.groups(student, config.Optim())
     with pytest.raises(RuntimeError, match="rank 1 starts from other weights"):
-        engines.create(config.Engine(name="fsdp"), student, config.Optim(), groups, world, 0)
+        engines.create(engine_config.Engine(name="fsdp"), student, config.Optim(), groups, world, 0)
 
 
 def test_sharding_different_weights_is_refused():

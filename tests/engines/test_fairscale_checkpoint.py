@@ -1,5 +1,6 @@
 """FairScale's checkpoint_wrapper: right where it is offered, refused where it is not. Parity is in test_parity.py."""
 
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 import ranks
 import torch
 from torch import nn
-from toys import NAMED, furthest, make, steps
+from toys import NAMED, TOTAL, furthest, make, steps, stream
 
 from halfseen.config import ConfigError
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.engines.fairscale_checkpoint import Unit, put_together, refuse_sharing, taken_apart
 from halfseen.pretrain import train
@@ -69,11 +71,35 @@ def test_why_it_is_refused_and_mended():
     assert ranks.run(unguarded, 2) == [[torch.bfloat16, torch.float32]] * 2
 
 
+def every_way(world):
+    """Of each way to recompute: keys of the state, a curve with dropout, and answers and norms between its steps."""
+    student = {"dropout": 0.5, "tied": False, "twice": False}
+    ways = ({}, {"recompute": True}, BY_FAIRSCALE, BY_FAIRSCALE | {"offload_activations": True})
+    found = []
+    for way in ways:
+        engine = make(world, "oss", student=student, **way)
+        batch = next(stream(Batches(TOTAL, 1, TOTAL, 1), 0))
+        history = steps(engine, world, 2)
+        answer, norm = engine.predict(batch)["logits"], engine.norms(batch, ["loss"])["loss"]
+        found.append((sorted(engine.state()), history + steps(engine, world, 2, start=2 * TOTAL), answer, norm))
+    return found
+
+
+def test_it_replays_dropout_and_leaves_no_trace_in_names_answers_or_norms():
+    keys, history, answer, norm = (plain := ranks.run(every_way, 1)[0])[0]
+    assert "model.layers.0.grow.weight" in keys
+    for our_keys, ours, our_answer, our_norm in plain[1:]:
+        assert our_keys == keys
+        assert ours == history
+        assert torch.equal(our_answer, answer)
+        assert torch.equal(our_norm, norm)
+
+
 # ------------------------------------------------------------------------------------------------ real blocks
 
 
 def masked(world, options):
-    """Scalars of a few steps of MAE with drop path, whose decoder begins with rows that samples have in common."""
+    """Scalars of a few steps of MAE, whose decoder begins with rows that samples have in common."""
     chosen = [f"engine.{name}={str(value).lower()}" for name, value in options.items()]
     small = ["model.width=32", "model.depth=2", "model.heads=2", "data.image_size=32", "objective.mae.decoder_width=32"]
     run = ["data.workers=0", "run.images=64", "run.global_batch=16", "run.micro_batch=4", "engine.device=cpu"]
@@ -104,9 +130,12 @@ class Pair:
     right: object = None
 
 
+Named = namedtuple("Named", "here there")
+
+
 def test_what_is_taken_apart_is_put_together_again():
     first, second = torch.ones(2), torch.zeros(3)
-    value = ({"a": [first, 3], "b": Pair(second, (first, None))}, "text", False)
+    value = ({"a": [first, 3], "b": Pair(second, (first, None)), "c": Named(second, 1)}, "text", False)
     tensors = []
     form = taken_apart(value, tensors)
     assert [id(tensor) for tensor in tensors] == [id(first), id(second)]  # each once
@@ -115,6 +144,7 @@ def test_what_is_taken_apart_is_put_together_again():
     assert again[0]["a"][1] == 3
     torch.testing.assert_close(again[0]["b"].right[0], first + 1)
     torch.testing.assert_close(again[0]["b"].left, second + 1)
+    assert again[0]["c"].here is again[0]["b"].left
     assert put_together(form, tensors)[0]["a"][0] is first
 
 
@@ -163,3 +193,16 @@ def test_weights_around_the_blocks_may_be_shared():
     with pytest.raises(ConfigError, match="another block"):
         refuse_sharing(student, [student["block"]])
     refuse_sharing(student.requires_grad_(False), [student["block"]])
+
+
+@pytest.mark.parametrize("place", ["other", "head"])
+def test_a_module_in_two_places_is_a_shared_weight(place):
+    """torch lists it once."""
+    blocks = {"one": nn.Sequential(nn.Linear(2, 2)), "other": nn.Sequential(nn.Linear(2, 2))}
+    student = nn.ModuleDict(blocks | {"head": nn.Linear(2, 2)})
+    if place == "head":
+        student["head"] = student["one"][0]
+    else:
+        student["other"][0] = student["one"][0]
+    with pytest.raises(ConfigError, match=rf"{place}\..*weight is a weight of another block"):
+        refuse_sharing(student, [student["one"], student["other"]])

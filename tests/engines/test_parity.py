@@ -62,6 +62,7 @@ REFUSED = (
     | {(name, "offload") for name in ("ddp", "zero0", "oss", "sharded")}
     | {(name, way) for name in ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3") for way in BY_FAIRSCALE}
     | {(name, "bf16 gathered") for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "oss", "sharded")}
+    | {(name, "keep gathered") for name in ("ddp", "zero0", "zero1", "zero2", "zero3")}
 )
 
 

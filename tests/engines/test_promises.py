@@ -7,8 +7,8 @@ import ranks
 import torch
 from toys import NAMED, TOTAL, Student, Traffic, make, steps, stream
 
-from halfseen import config, engines, optim
-from halfseen.config import Batches
+from halfseen import config, engine_config, engines, optim
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.engines.parts import local_part
 
@@ -133,7 +133,7 @@ def nearly_frozen(world, names):
         student = Student().requires_grad_(False)
         student.head.bias.requires_grad_(True)
         chosen = config.Optim(clip=0.05, eps=1e-4)
-        settings = config.Engine(**NAMED.get(name, {"name": name}), ema=0.5)
+        settings = engine_config.Engine(**NAMED.get(name, {"name": name}), ema=0.5)
         engine = engines.create(settings, student, chosen, optim.groups(student, chosen), world, 5)
         held = sum(local_part(value).numel() for key, value in engine.state().items() if key.endswith("exp_avg"))
         history = steps(engine, world, 2)

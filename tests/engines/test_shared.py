@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from toys import TOTAL, Traffic, make, stream
 
-from halfseen import config, engines, optim
-from halfseen.config import Batches, Model
+from halfseen import config, engine_config, engines, optim
+from halfseen.config import Model
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.models import ViT
 
@@ -40,7 +41,7 @@ def prepared(world, share, **options):
     torch.manual_seed(0)
     student = Student(share)
     chosen = config.Optim(base_lr=None, lr=1e-3)
-    engine = engines.create(config.Engine(**options), student, chosen, optim.groups(student, chosen), world, 0)
+    engine = engines.create(engine_config.Engine(**options), student, chosen, optim.groups(student, chosen), world, 0)
     batch = {"image": torch.randn(4, 3, 16, 16), "target": torch.randn(4, 3)}
     return engine, {name: value[world.rank :: world.world] for name, value in batch.items()}
 

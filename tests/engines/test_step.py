@@ -8,10 +8,10 @@ import ranks
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import TOTAL, Student, make, steps, stream
+from toys import TOTAL, Student, furthest, layer_of, make, steps, stream
 
-from halfseen import config, engines, optim
-from halfseen.config import Batches
+from halfseen import config, engine_config, engines, optim
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.engines import recompute
 from halfseen.engines.parts import local_part
@@ -24,6 +24,43 @@ def snapshot(engine):
 def changed(engine, before):
     after = snapshot(engine)
     return [key for key in before if not torch.equal(before[key], after[key])]
+
+
+# ------------------------------------------------------------------------------------------ the numbers
+
+
+def plain_steps(count, clip):
+    """The toy's training as a script would write it: whole batches, torch's optimizer and clipping."""
+    torch.manual_seed(1)
+    student, history = Student(), []
+    groups = optim.groups(student, config.Optim(layer_decay=0.7), layer_of, 4)
+    named = dict(student.named_parameters())
+    listed = [
+        {"params": [named[name] for name in group.names], "lr": 0.01 * group.lr_scale, "weight_decay": weight_decay}
+        for group, weight_decay in ((group, group.weight_decay) for group in groups)
+    ]
+    optimizer = torch.optim.AdamW(listed, betas=(0.9, 0.95), eps=1e-4)
+    data = stream(Batches(TOTAL, 1, TOTAL, 1), 0)
+    for _ in range(count):
+        loss = student(next(data))["loss"]
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({"loss": float(loss.detach()), "grad_norm": float(norm)})
+    return history, student.state_dict()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_reference_of_all_engines_is_plain_torch(clip, accumulation):
+    """Clipping in some of the steps: AdamW hardly sees a factor that all have."""
+    expected, weights = plain_steps(6, clip)
+    assert min(step["grad_norm"] for step in expected) < 1.0 < max(step["grad_norm"] for step in expected)
+    engine = make(World(), optimizer={"clip": clip})
+    assert furthest(expected, steps(engine, World(), 6, accumulation=accumulation), "loss", "grad_norm") < 1e-5
+    for name, weight in engine.weights().items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5)
 
 
 OPTIMIZERS = ("adamw", "lamb", "lars", "sgd")
@@ -78,7 +115,7 @@ def test_a_finite_loss_with_a_wrong_gradient_is_skipped_too():
     torch.manual_seed(0)
     student = Explosive()
     chosen = config.Optim(clip=1.0)
-    engine = engines.create(config.Engine(), student, chosen, optim.groups(student, chosen), World(), 0)
+    engine = engines.create(engine_config.Engine(), student, chosen, optim.groups(student, chosen), World(), 0)
     before = snapshot(engine)
     scalars = steps(engine, World(), 1)[0]
     assert scalars["loss"] == scalars["loss"]
@@ -114,14 +151,33 @@ def test_fp16_finds_its_scale_without_spending_the_skip_budget():
     assert engine.skipped() == 1
 
 
-def test_dropout_is_a_function_of_seed_and_position():
-    def run(seed=5, noise=0):
-        engine = make(World(), student={"dropout": 0.5}, seed=seed)
+def test_fp16_tries_a_larger_scale_after_two_thousand_good_updates():
+    engine = make(World(), precision="fp16")
+    engine.scale.fill_(2.0**10)
+    engine.growth.fill_(1998)
+    steps(engine, World(), 1)
+    assert (float(engine.scale), int(engine.growth)) == (2.0**10, 1999)
+    steps(engine, World(), 1, start=TOTAL)
+    assert (float(engine.scale), int(engine.growth)) == (2.0**11, 0)
+
+
+def test_the_first_of_several_skipped_updates_is_named():
+    engine = make(World())
+    steps(engine, World(), 5, poison=(TOTAL, 3 * TOTAL))
+    assert (engine.skipped(), engine.first_skipped) == (2, TOTAL)
+    steps(engine, World(), 1, start=5 * TOTAL)
+    assert (engine.skipped(), engine.first_skipped) == (0, None)
+
+
+def test_dropout_is_a_function_of_seed_position_and_rank():
+    def run(seed=5, noise=0, rank=0):
+        engine = make(World(rank=rank), student={"dropout": 0.5}, seed=seed)
         torch.manual_seed(noise)  # what happened elsewhere in the process has no influence
         return steps(engine, World(), 3)
 
     assert run() == run(noise=99)
     assert run() != run(seed=6)
+    assert run() != run(rank=1)
 
 
 def test_recomputing_replays_dropout():
@@ -193,7 +249,7 @@ def test_groups_must_cover_exactly_what_trains():
     groups = optim.groups(student, config.Optim())
     student.head.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"head\.bias"):
-        engines.create(config.Engine(), student, config.Optim(), groups, World(), 0)
+        engines.create(engine_config.Engine(), student, config.Optim(), groups, World(), 0)
 
 
 def averages(world, name):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from toys import NAMED
 
-from halfseen import config, engines, optim
+from halfseen import config, engine_config, engines, optim
 from halfseen.config import Model
 from halfseen.distributed import World
 from halfseen.models import ViT
@@ -45,7 +45,9 @@ def curves(world, options):
     for name in TRUNKS:
         torch.manual_seed(0)
         student, chosen = Student(name), config.Optim(base_lr=None, lr=1e-3)
-        engine = engines.create(config.Engine(**options), student, chosen, optim.groups(student, chosen), world, 0)
+        engine = engines.create(
+            engine_config.Engine(**options), student, chosen, optim.groups(student, chosen), world, 0
+        )
         index = torch.rand(4, 6).argsort(1)[:, :4].sort(1)[0]
         batch = {"image": torch.randn(4, 3, 16, 24), "target": torch.randn(4, 3), "index": index}
         mine = {key: value[world.rank :: world.world] for key, value in batch.items()}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from halfseen.checkpoint import read_weights
 from halfseen.classification import evaluation
 from halfseen.classification.evaluation import Result
-from halfseen.config import Batches, ConfigError
+from halfseen.config import ConfigError
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.finetune import evaluate, train
 from halfseen.finetune.config import Finetune

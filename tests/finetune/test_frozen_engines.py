@@ -7,7 +7,8 @@ from toys import NAMED
 
 from halfseen import engines, optim
 from halfseen.classification import Classifier, Task
-from halfseen.config import Engine, Model, Optim
+from halfseen.config import Model, Optim
+from halfseen.engine_config import Engine
 from halfseen.models import ViT
 
 OTHERS = ["fsdp", "zero2", "zero3", "oss", "sharded"]

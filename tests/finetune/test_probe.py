@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from halfseen import engines
 from halfseen.checkpoint import read_weights
-from halfseen.config import ConfigError, Engine, Model, Optim
+from halfseen.config import ConfigError, Model, Optim
 from halfseen.distributed import World
+from halfseen.engine_config import Engine
 from halfseen.finetune import probe
 from halfseen.finetune.probe_config import Heads, Probe
 from halfseen.models import ViT

@@ -8,10 +8,11 @@ import torch
 from torchvision.io import encode_png
 
 from halfseen import engines, optim
-from halfseen.config import ConfigError, Engine, Model
+from halfseen.config import ConfigError, Model
 from halfseen.data.pairs import NOTHING
 from halfseen.data.writer import ShardWriter
 from halfseen.distributed import World
+from halfseen.engine_config import Engine
 from halfseen.finetune.segment import Evaluations, Overlap, Prepare, Segmenter, main, named_at, slide, starts
 from halfseen.finetune.segment_config import Pixels, Segment
 from halfseen.models import ViT

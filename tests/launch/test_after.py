@@ -49,16 +49,28 @@ def test_the_config_chooses_how_to_start_again():
 
 
 def test_the_budget_counts_starts_without_progress_not_restarts():
-    assert verdict(137, fruitless=3).word == "requeue"
-    found = verdict(137, fruitless=4)
+    assert verdict(137, fruitless=2).word == "requeue"
+    found = verdict(137, fruitless=3)  # the budget
     assert found.word == "failed"
-    assert "4 starts in a row brought no newer checkpoint" in found.reason
+    assert "3 starts in a row brought no newer checkpoint" in found.reason
     assert "SIGKILL" in found.reason
 
 
 def test_a_stop_is_final_unless_the_run_was_complete():
     assert verdict(75, stop=True).word == "stopped"
     assert verdict(0, stop=True).word == "complete"
+
+
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [((2, "a=1: is wrong"), 2), ((None, ""), 70)],
+)
+def test_only_a_rank_s_word_is_final(told, code):
+    """srun ends with 1 as well where a node does not answer: other nodes may."""
+    found, why = after.cause(1, *told)
+    assert found == code
+    assert why
+    assert after.cause(137, None, "") == (137, "")
 
 
 @pytest.fixture
@@ -79,6 +91,21 @@ def member(tmp_path, monkeypatch):
     records.add(folder, "queued", job="7_1", cluster="slurm")
     records.add(folder, "started", attempt="7_1", position=0)
     return base, asked
+
+
+def test_starts_in_which_no_rank_came_to_life_count(tmp_path, monkeypatch):
+    """srun refuses an argument, a container is missing: three starts, not requeues for ever."""
+    records.add(tmp_path, "queued", job="7", cluster="slurm")
+    (records.where(tmp_path) / "launch.yaml").write_text("fruitless: 3\n")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "fate", lambda job, restarts: "RUNNING")
+    monkeypatch.setattr(slurm, "requeue", lambda job: "")
+    for restart, word in enumerate(("requeue", "requeue", "failed")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        after.main(["255", str(tmp_path)])
+        assert records.story(tmp_path).ended["verdict"] == word
+    assert "3 starts in a row" in records.story(tmp_path).ended["reason"]
 
 
 def test_a_member_of_an_array_requeues_itself_and_no_other(member):

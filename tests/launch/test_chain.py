@@ -119,6 +119,7 @@ def queue(monkeypatch):
         return job
 
     monkeypatch.setattr(command, "prepare", prepare)
+    monkeypatch.setattr(command, "judge", lambda task, launch: None)
     monkeypatch.setattr(command, "start", start)
     active = {}
     monkeypatch.setattr(jobs, "active", lambda folder: active.get(str(folder).rsplit("/", 1)[1], ("", "")))
@@ -190,4 +191,20 @@ def test_nothing_is_queued_if_one_stage_is_refused(tmp_path, queue, monkeypatch)
     monkeypatch.setattr(command, "prepare", refuse)
     with pytest.raises(ConfigError):
         launched(write(tmp_path))
+    assert not queued
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_nothing_is_queued_if_slurm_would_refuse_one_stage(tmp_path, queue, monkeypatch, more):
+    """A partition that only the last stage names wrongly."""
+    queued, _ = queue
+
+    def judge(task, launch):
+        if launch.partition == "gpus":
+            raise ConfigError("launch.partition", "gpus", "Slurm refuses: invalid partition", "name another")
+
+    monkeypatch.setattr(command, "judge", judge)
+    stages = STAGES | {"evaluate": {"run": "${finetune}", "launch": {"partition": "gpus"}}}
+    with pytest.raises(ConfigError, match="invalid partition"):
+        command.main(["chain", str(write(tmp_path, stages)), *more])
     assert not queued

@@ -67,3 +67,12 @@ def test_ranks_follow_gpus_and_every_possible_world_is_known():
     assert load(Launch, None, ["gpus_per_node=8", "tasks_per_node=1"]).tasks == 1
     assert load(Launch, None, ["nodes=3", "min_nodes=1", "gpus_per_node=2"]).worlds == [6, 4, 2]
     assert load(Launch).worlds == [1]
+
+
+def test_what_the_environment_has_for_sbatch_stands_in_for_open_options(monkeypatch, tmp_path):
+    for name, value in {"ACCOUNT": "vision", "PARTITION": "gpu", "TIMELIMIT": "5"}.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    monkeypatch.delenv("SBATCH_QOS", raising=False)
+    found, _ = command.resources("launch/cpu", ["launch.partition=debug"])
+    assert (found.account, found.partition, found.qos, found.minutes) == ("vision", "debug", "", 60)
+    assert command.resources("launch/local", [])[0].account == ""

@@ -78,6 +78,18 @@ def test_what_cannot_work_is_refused_before_anything_starts(options, key, fix, t
     assert records.story(tmp_path / "run").job == ""
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "launch"])
+def test_a_folder_that_cannot_be_written_is_refused_whichever_it_is(name, tmp_path):
+    from halfseen.config import ConfigError
+    from halfseen.launch import command
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("not a folder")
+    with pytest.raises(ConfigError, match=f"{name} cannot be written: File exists") as refused:
+        command.main(["pretrain", *TINY, f"run.folder={tmp_path / 'run'}", "--launch", "launch/local"])
+    assert refused.value.key == "run.folder"
+
+
 def test_a_stage_that_is_none_is_refused(tmp_path):
     from halfseen.config import ConfigError
     from halfseen.launch import command
@@ -105,10 +117,22 @@ def test_an_evaluation_of_nothing_is_refused_and_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_evaluation_takes_the_options_of_evaluate(tmp_path, monkeypatch):
+    from halfseen.launch import command
+
+    monkeypatch.setattr(command, "start", lambda task, launch, after: started.append(task) or "7")
+    started = []
+    run = str(tmp_path)
+    assert command.main(["evaluate", run, "data.val=a", "--launch", "launch/local", "--", "--batch", "8", "--ema"]) == 0
+    assert started[0].arguments[:5] == (run, "data.val=a", "--batch", "8", "--ema")
+
+
 def test_debug_runs_in_this_process_with_its_exit_code(tmp_path):
     one = ["launch.cluster=debug", "launch.tasks_per_node=1", f"run.folder={tmp_path / 'run'}"]
     assert "complete" in launch(*one)
     assert records.story(tmp_path / "run").complete
+    assert "nothing is left to do" in launch(*one)
+    assert len(records.story(tmp_path / "run").starts) == 1
 
 
 def test_a_sweep_here_goes_on_after_a_member_that_failed_and_refuses_another_meaning_of_one(tmp_path):

@@ -26,6 +26,12 @@ from halfseen.launch import slurm
             "launch.gpus_per_node",
         ),
         ("sbatch: error: Batch job submission failed: Job dependency problem", "--after"),
+        (
+            "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy "
+            "(job submit limit, user's size and/or time limits)",
+            "launch.qos",
+        ),
+        ("sbatch: error: Batch job submission failed: Invalid job array specification", "--sweep"),
         ("sbatch: fatal: Could not establish a configuration source", "launch.cluster"),
         ("something new", "launch"),
         ("", "launch"),
@@ -192,3 +198,36 @@ def test_waiting_for_a_dead_job_is_refused(fake, shown, reason):
         slurm.refuse_dead(["7"])
     fake[1]["squeue"] = (0, "7|7|RUNNING\n")
     slurm.refuse_dead(["7"])
+
+
+AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+def test_a_silent_slurm_says_nothing_about_a_job(fake):
+    """Not that it is gone: a second launch would be let in, and whoever waits would leave."""
+    fake[1]["squeue"] = (1, AWAY)
+    with pytest.raises(OSError, match="does not answer"):
+        slurm.states(["7"])
+    assert [command[0] for command in fake[0]] == ["squeue"]  # one wait for an answer is enough
+
+
+def test_a_job_that_ends_asks_a_silent_slurm_again(fake, monkeypatch):
+    fake[1]["scontrol"] = (1, AWAY)
+    pauses = []
+
+    def back(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            fake[1]["scontrol"] = (0, "JobId=7 JobState=RUNNING Restarts=0")
+
+    monkeypatch.setattr(slurm.time, "sleep", back)
+    assert slurm.fate("7", 0) == "RUNNING"
+    assert len(pauses) == 3
+    fake[1]["scontrol"] = (1, AWAY)
+    assert slurm.fate("7", 0) == ""  # not for ever
+
+
+def test_why_a_job_waits_is_slurm_s_word(fake):
+    fake[1]["squeue"] = (0, "7|PartitionTimeLimit\n9_1|Resources\n")
+    assert slurm.waits(["7", "9_1"]) == {"7": "PartitionTimeLimit", "9_1": "Resources"}
+    assert slurm.waits([]) == {}

@@ -78,18 +78,39 @@ def test_an_installed_package_needs_none(tmp_path, monkeypatch):
 
 
 def test_old_ones_go_unless_a_job_needs_them(checkout, tmp_path):
+    """Asked is about the runs that an old one was launched for, wherever they lie, and about no others."""
     store = tmp_path / "store"
     old = snapshot.take(store)
+    snapshot.note(old, ["/runs/a", "/runs/b"])
     (checkout / "halfseen/a.py").write_text("# 2\n")
     needed = snapshot.take(store)
+    snapshot.note(needed, ["/runs/c"])
+    snapshot.note(needed, ["/elsewhere/d"])
     (checkout / "halfseen/a.py").write_text("# 3\n")
     young = snapshot.take(store)
+    snapshot.note(young, ["/runs/e"])
     (store / "mine").mkdir()
     past = time.time() - (snapshot.KEEP_DAYS + 1) * 86400
     for path in (old, needed, store / "mine"):
         os.utime(path, (past, past))
-    assert snapshot.prune(store, {str(needed)}) == [old]
+    asked = set()
+
+    def busy(folder):
+        asked.add(folder)
+        return folder == "/elsewhere/d"
+
+    assert snapshot.prune(store, busy) == [old]
+    assert asked <= {"/runs/a", "/runs/b", "/runs/c", "/elsewhere/d"}
     assert {path.name for path in store.iterdir()} == {needed.name, young.name, "mine"}
+
+
+def test_data_among_the_code_is_refused_by_name(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "MOST", 1000)
+    (checkout / "configs/weights.bin").write_bytes(bytes(2000))
+    with pytest.raises(ConfigError, match=r"configs/weights\.bin alone") as refused:
+        snapshot.take(tmp_path / "store")
+    assert "--no-snapshot" in refused.value.fix
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_folder_git_does_not_know_is_refused(checkout, tmp_path):

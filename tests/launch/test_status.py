@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from halfseen.config import ConfigError
-from halfseen.launch import board, logs, records, slurm, status, stop, sweep
+from halfseen.launch import board, command, logs, records, slurm, status, stop, sweep
 from halfseen.launch.task import Task
 
 
@@ -52,6 +52,59 @@ def test_slurm_says_what_the_folder_does_not_know(run, state, word):
     assert status.look(run, known={"7": state} if state else {}).state == word
 
 
+def test_why_a_job_waits_is_shown(run):
+    seen = status.look(run, known={"7": "PENDING"}, waits={"7": "PartitionTimeLimit"})
+    assert seen.reason == "waits: PartitionTimeLimit; asked to leave"
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_without_an_answer_the_folders_speak(run, present, monkeypatch, capsys):
+    """No Slurm here, or a silent one."""
+    away = subprocess.CompletedProcess([], 1, "", "squeue: error: Socket timed out on send/recv operation")
+    monkeypatch.setattr(slurm, "ask", lambda *command: away)
+    monkeypatch.setattr(slurm, "present", lambda: present)
+    assert status.main([str(run)]) == 0
+    said = capsys.readouterr()
+    assert "this is what the folders say" in said.err
+    assert " running " in said.out
+
+
+def test_ended_runs_are_not_asked_about(run, monkeypatch):
+    records.add(run, "ended", attempt="7.1", verdict="complete", reason="", code=0)
+    monkeypatch.setattr(slurm, "ask", lambda *command: pytest.fail("asked"))
+    assert status.main([str(run)]) == 0
+
+
+def test_a_teacher_s_answers_are_progress(tmp_path):
+    """Whole shards: the last one reaches beyond what was asked for."""
+    store = tmp_path / "answers"
+    Task("teach", str(store), "stage: distill\n", total=1000).save()
+    records.add(store, "queued", job="7", cluster="slurm")
+    records.add(store, "started", attempt="7", position=0)
+    began = records.story(store).starts[0]["time"]
+    assert status.look(store, known={"7": "RUNNING"}).position == 0
+    (store / "store.json").write_text(json.dumps({"store.shard_images": 256}))
+    for number in range(2):
+        shard = store / f"positions-{number:012d}.tar"
+        shard.touch()
+        os.utime(shard, (began + 8 * (number + 1),) * 2)
+    seen = status.look(store, known={"7": "RUNNING"})
+    assert (seen.position, seen.total, seen.speed, seen.left) == (512, 1000, 32.0, 15.25)
+    assert "512 of 1,000 (51%)" in "\n".join(status.lines([seen]))
+    assert "2 shards" in "\n".join(status.lines([seen]))
+    for number in (2, 3):
+        (store / f"positions-{number:012d}.tar").touch()
+    assert status.look(store, known={}).position == 1000
+
+
+def test_folders_of_others_are_passed_over(run, monkeypatch):
+    closed = run.parent / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(status.os, "access", lambda path, mode: path != closed)
+    monkeypatch.setattr(status.Path, "iterdir", lambda path: pytest.fail("looked") if path == closed else [closed])
+    assert list(status.find(run.parent)) == []
+
+
 def test_a_damaged_checkpoint_is_named(run):
     (run / "checkpoints/img_000000000160/a.distcp").write_bytes(b"123")
     assert "DAMAGED: a.distcp" in status.look(run, known={}).checkpoint
@@ -73,9 +126,10 @@ def test_status_stop_and_logs_do_not_import_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+@pytest.mark.parametrize("ask", [status.main, stop.main, board.main])
+def test_a_folder_that_is_not_there_is_refused(ask, tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
-        status.main([str(tmp_path / "none")])
+        ask([str(tmp_path / "none")])
 
 
 def test_logs_print_one_rank_of_the_newest_job(run, capsys):
@@ -129,6 +183,45 @@ def test_stop_asks_a_running_job_to_save_and_cancels_a_waiting_one(run, monkeypa
     capsys.readouterr()
     stop.main([str(run)])
     assert "nothing is queued" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verdict", [None, "left", "requeue"])
+def test_whoever_waits_for_a_job_that_somebody_cancelled_goes_on(run, verdict, monkeypatch, capsys):
+    """While it ran, or while it waited for its next start."""
+    if verdict:
+        records.add(run, "ended", attempt="7.1", verdict=verdict, reason="CANCELLED", code=75)
+    monkeypatch.setattr(slurm, "states", lambda jobs: {"7": "CANCELLED"})
+    assert command.wait(run) == 1
+    assert "is gone" in capsys.readouterr().err
+
+
+def test_whoever_waits_outlasts_a_silent_slurm(run, monkeypatch):
+    answers = [OSError("Slurm does not answer"), {"7": "RUNNING"}, {"7": "COMPLETING"}]
+
+    def states(jobs):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        if not answers:
+            records.add(run, "ended", attempt="7.1", verdict="complete", reason="", code=0)
+        return answer
+
+    monkeypatch.setattr(slurm, "states", states)
+    assert command.wait(run, pause=0) == 0
+    assert not answers
+
+
+def test_a_stop_that_slurm_refuses_is_no_stop_later(run, monkeypatch):
+    """Another user's job: it must not end at its next restart either."""
+
+    def refuse(*words):
+        raise OSError("job 7 was not cancelled: Access/permission denied")
+
+    monkeypatch.setattr(slurm, "cancel", refuse)
+    monkeypatch.setattr(slurm, "states", lambda jobs: {"7": "RUNNING"})
+    with pytest.raises(OSError, match="denied"):
+        stop.main([str(run)])
+    assert not records.asked_to_stop(run, "7")
 
 
 def test_stop_of_a_sweep_stops_the_members_that_have_a_job(run, tmp_path, monkeypatch, capsys):

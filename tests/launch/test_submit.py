@@ -1,6 +1,7 @@
 """The batch scripts: what every one of them must say."""
 
 import subprocess
+import sys
 
 import pytest
 
@@ -86,6 +87,40 @@ def test_both_scripts_ask_for_the_same_and_survive_the_same(plain, tmp_path, sru
 def test_a_snapshot_comes_before_the_current_folder(tmp_path, srun):
     text = submit.script(task(tmp_path, code="/shared/.code/ab"), load(Launch))
     assert 'export PYTHONSAFEPATH=1 PYTHONPATH=/shared/.code/ab"${PYTHONPATH:+:$PYTHONPATH}"' in text
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        (["python=/nodes/bin/python3"], False),
+        (["python=python3 -X dev"], False),
+        (["python=python3", "srun_args=[--container-image=a.sqsh]"], True),
+        (["python=apptainer exec --nv a.sif python3"], True),
+    ],
+)
+def test_the_end_of_the_script_runs_outside_a_container_where_slurm_s_commands_are(options, ours, tmp_path, srun):
+    launch = load(Launch, None, options)
+    for text in (submit.plain_script(task(tmp_path), launch), submit.script(task(tmp_path), launch)):
+        end = next(line for line in text.splitlines() if line.startswith("exec "))
+        assert end.startswith(f"exec {sys.executable if ours else launch.python} -m halfseen.launch.after ")
+        assert f" {launch.python} -" in next(line for line in text.splitlines() if line.startswith("srun "))
+
+
+@pytest.mark.parametrize("flag", ["gres=gpu:h100:8", "gpus-per-node=h100:8"])
+def test_gpus_of_one_type_are_asked_for_once(flag, tmp_path, srun):
+    """Slurm refuses GPUs with and without a type in one job."""
+    name, _, value = flag.partition("=")
+    launch = load(Launch, None, ["gpus_per_node=8", f"sbatch={{{name}: '{value}'}}"])
+    assert launch.tasks == 8
+    for text in (submit.plain_script(task(tmp_path), launch), submit.script(task(tmp_path), launch)):
+        assert [line for line in text.splitlines() if line.startswith("#SBATCH --g")] == [f"#SBATCH --{flag}"]
+
+
+def test_all_members_of_a_sweep_run_at_once_unless_the_config_says_fewer(tmp_path, srun):
+    for parallel, expected in ((0, "0-999%1000"), (4, "0-999%4")):
+        made = submit.executor(task(tmp_path), Launch(parallel=parallel))._executor
+        made.parameters["map_count"] = 1000  # as submitit does for an array
+        assert f"#SBATCH --array={expected}\n" in made._make_submission_file_text("", "")
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from halfseen.config import Model
 from halfseen.layouts import LAYOUTS, detect
 from halfseen.models import ViT
+from halfseen.models.alternet import AlterNet, AlterNetConfig
 from halfseen.models.hierarchical import TimmConfig, TimmTrunk
 from halfseen.models.swin import Swin, SwinConfig
 from halfseen.pretrain.mae import MAE, MAEConfig
@@ -118,7 +119,7 @@ def test_official_weights_come_back_from_the_layout_that_is_detected(case):
 def test_every_layout_is_tried_here_or_in_a_test_of_its_own():
     tried = {layout for _, layout in CASES}
     tried |= {layout.name for layout in map(detected, official().values()) if layout is not None}
-    assert set(LAYOUTS) - tried <= {"dalle", "peg"}
+    assert set(LAYOUTS) - tried <= {"dalle", "peg", "pvt"}
 
 
 def test_the_given_names_are_detected_as_their_own():
@@ -127,6 +128,32 @@ def test_the_given_names_are_detected_as_their_own():
         theirs = LAYOUTS[name].give(randomised(STUDENTS[kind]()))
         if name not in shared.get(kind, ()) and not (kind == "registers, hMLP, parallel" and name == "timm"):
             assert detect(theirs).name == name, (kind, name)
+
+
+# Layouts of a whole model or of a module that is no ViT, and of ViTs with parts that a plain one lacks.
+NO_PLAIN_VITS = ("swin", "timm_swin", "mini_swin", "mini_deit", "vqkd", "dalle", "cpvt", "pvt", "peg", "deit_stem")
+NO_PLAIN_VITS += ("timm_hierarchical", "hdvw", "hdvw_convit")
+
+
+@pytest.mark.parametrize("name", NO_PLAIN_VITS)
+def test_a_plain_vit_has_no_place_where_another_model_is_described(name):
+    names = {f"encoder.{name}" for name in ViT(Model(width=16, depth=2, heads=2, patch=8), 16).state_dict()}
+    blocks = {own for own in LAYOUTS[name].from_ours(names) if own.startswith("encoder.blocks.")}
+    assert len(blocks) < sum(own.startswith("encoder.blocks.") for own in names)
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"halfseen", "swin", "timm_swin", "mini_swin", "simmim"}))
+def test_a_swin_has_a_place_among_swins_alone(name):
+    names = {f"encoder.{name}" for name in Swin(SwinConfig(width=8, depths=[1, 1], heads=[1, 1]), 56).state_dict()}
+    assert not any(own.startswith("encoder.layers.") for own in LAYOUTS[name].from_ours(names))
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"halfseen", "timm_hierarchical"}))
+def test_an_alternet_and_a_pyramid_of_timm_have_no_place_elsewhere(name):
+    net = AlterNet(AlterNetConfig(depth="18", width=8, window=2, head_width=4), 64)
+    for trunk in (net, TimmTrunk(TimmConfig("pvt_v2_b0", 0.0, dict(PVT)), 64)):
+        names = {f"encoder.{own}" for own in trunk.state_dict()}
+        assert len(LAYOUTS[name].from_ours(names)) < len(names)
 
 
 def test_a_hierarchical_trunk_of_timm_has_no_place_in_a_plain_vit():

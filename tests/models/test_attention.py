@@ -6,6 +6,9 @@ import torch
 from halfseen.config import Model
 from halfseen.models import ViT
 from halfseen.models.attention import Attention, attend
+from halfseen.models.convolutional import Attention2d, OnGrid
+from halfseen.models.general import GeneralAttention
+from halfseen.models.pyramid import ReducedAttention
 
 
 def by_definition(module, x):
@@ -25,6 +28,20 @@ def test_attention_is_softmax_of_scaled_products(bias):
 def test_the_last_tokens_alone_are_the_end_of_all(bias):
     module, x = Attention(24, 3, bias), torch.randn(2, 7, 24)
     torch.testing.assert_close(module(x, last=3), module(x)[:, -3:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["softmax with parts", "over a map", "over a summary"])
+def test_other_kinds_refuse_to_compute_some_tokens_alone(kind):
+    module = {
+        "softmax with parts": lambda: GeneralAttention(24, 3),
+        "over a map": lambda: OnGrid(Attention2d(24, 3, 8), (2, 4)),
+        "over a summary": lambda: ReducedAttention(24, 3, (2, 4), 2, True),
+    }[kind]()
+    x = torch.randn(2, 8, 24)
+    assert module(x, repetition=1, qkv=None).shape == x.shape
+    for more in ({"last": 3}, {"common": (torch.randn(1, 24), torch.zeros(2, 1, dtype=torch.int64))}):
+        with pytest.raises(ValueError, match="only plain attention"):
+            module(x, **more)
 
 
 def test_bfloat16_on_the_cpu_agrees_with_float32():

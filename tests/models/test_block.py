@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from halfseen.models.block import SKIP_FROM, Block, ParallelBlock, add_branch
 from halfseen.models.norm import BatchNorm, LayerScale
@@ -194,3 +195,15 @@ def test_batch_norm_takes_statistics_over_all_but_channels():
     torch.testing.assert_close(ours(x).permute(0, 3, 1, 2), theirs(x.permute(0, 3, 1, 2)))
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_blocks_of_different_drop_path_rates_are_compiled_once():
+    """One compilation for a rate of 0, one for all others: torch gives up on code that it has compiled eight times."""
+    torch._dynamo.reset()
+    compilations = CompileCounter()
+    blocks = [Block(8, 2, 16, rates=(0.03 * number,)).train() for number in range(10)]
+    x = torch.randn(3, 4, 8, requires_grad=True)
+    for block in blocks:
+        block.compile(backend=compilations)
+        x = block(x, 0)
+    assert compilations.frame_count == 2

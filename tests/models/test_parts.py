@@ -1,7 +1,5 @@
 """Smaller parts: PEG, PowerNorm, re-attention, rotary positions, gated MLPs, norms, mask tokens, traces."""
 
-import math
-
 import pytest
 import ranks
 import timm
@@ -14,7 +12,6 @@ from halfseen.models import ViT
 from halfseen.models.block import Block
 from halfseen.models.peg import PEG
 from halfseen.models.powernorm import PowerNorm
-from halfseen.models.pyramid import Pyramid, Stage
 from halfseen.models.reattention import ReAttention
 from halfseen.models.rotary import angles, rotate
 from halfseen.models.swiglu import SwiGLU
@@ -240,18 +237,3 @@ def test_a_trace_of_what_does_not_exist_is_refused():
         build().trace(image, layers=(2,))
     with pytest.raises(ValueError, match="queries"):
         build(parallel=2).trace(image, qkv=(0,))
-
-
-# ------------------------------------------------------------------------------------------------------- pyramid
-
-
-def test_a_pyramid_halves_its_grid_and_locates_each_stage_once():
-    stages = (Stage(8, 2, 1, 2, 2), Stage(16, 1, 2, 2, 1))
-    model = Pyramid((32, 48), stages, patch=4, drop_path=0.1)
-    assert model.grids == [(8, 12), (4, 6)]
-    assert [block.peg is not None for block in model.blocks] == [True, False, True]
-    model.train()(torch.randn(2, 3, 32, 48)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert math.prod(model.grid) == model.tokens == 24
-    with pytest.raises(ValueError, match="divide by 8"):
-        Pyramid((32, 44), stages, patch=4)

@@ -33,13 +33,16 @@ ALTERNET = ["trunk=alternet", "alternet.depth=18", "alternet.width=8", "alternet
 # A window is not taken over from run.init: another size of image may want another.
 WINDOW = {"alternet": ["alternet.window=2"], "swin of ours": ["swin.window=4"]}
 SWIN = ["trunk=swin", "swin.width=8", "swin.depths=[1,1]", "swin.heads=[1,2]", "swin.window=4"]
+PYRAMID = ["trunk=pyramid", "pyramid.depths=[1,1]", "pyramid.widths=[8,16]", "pyramid.heads=[1,2]"]
+PYRAMID += ["pyramid.mlp_ratios=[2,2]", "pyramid.reductions=[2,1]"]
+OURS = {"alternet": ALTERNET, "pyramid": PYRAMID, "swin of ours": SWIN}
 TEACHER = ["teacher.source=timm:test_vit", "teacher.weights=random", "teacher.classes=12", "teacher.precision=fp32"]
 
 
 def trunk(name):
     """The overrides that choose a trunk."""
-    if name in ("alternet", "swin of ours"):
-        return ALTERNET if name == "alternet" else SWIN
+    if name in OURS:
+        return OURS[name]
     model, _, options = FAMILIES[name]
     return ["trunk=timm", f"timm.name={model}", f"timm.options={json.dumps(options)}"]
 
@@ -49,9 +52,9 @@ def losses(folder):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("name", ["swin", "nest", "pvt_v2", "twins_pcpvt", "tnt", "alternet", "swin of ours"])
+@pytest.mark.parametrize("name", ["swin", "nest", "pvt_v2", "twins_pcpvt", "tnt", *OURS])
 def test_a_trunk_is_pretrained_fine_tuned_and_distilled(name, tmp_path, capsys):
-    cell = "mask.cell=32" if name != "swin of ours" else "mask.cell=8"
+    cell = "mask.cell=8" if name in ("swin of ours", "pyramid") else "mask.cell=32"
     arguments = ["pretrain/simmim_swin_b", *SMALL, *trunk(name), cell, "data.val=null", "run.picture_every=8"]
     assert pretraining.main([*arguments, f"run.folder={tmp_path / 'simmim'}"]) == 0
     assert all(losses(tmp_path / "simmim"))

@@ -11,6 +11,7 @@ from halfseen.config import ConfigError
 from halfseen.models import trunks
 from halfseen.models.alternet import AlterNetConfig
 from halfseen.models.hierarchical import TimmConfig, TimmTrunk
+from halfseen.models.pyramid import PyramidConfig
 from halfseen.models.swin import Swin, SwinConfig
 
 ALTERNET = AlterNetConfig(depth="18", width=8, window=2, head_width=4)
@@ -21,6 +22,10 @@ def sections():
         name: (TimmConfig(model, 0.0, dict(options)), size) for name, (model, size, options) in FAMILIES.items()
     } | {
         "alternet": (ALTERNET, 64),
+        "pyramid": (
+            PyramidConfig(depths=[1, 1], widths=[8, 16], heads=[1, 2], mlp_ratios=[2, 2], reductions=[2, 1]),
+            64,
+        ),
         "swin of ours": (SwinConfig(width=16, depths=[1, 2], heads=[1, 2], window=4), 64),
     }
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from toys import NAMED, furthest
 
-from halfseen import config, engines, optim
+from halfseen import config, engine_config, engines, optim
 from halfseen.config import ConfigError, Model
 from halfseen.data.hashing import uniform
 from halfseen.data.masks import random_mask
@@ -44,7 +44,7 @@ def make(world, name="auto", **options):
     made = student(drop_path=0.0)  # drop path draws from the rank, so it would tell one rank from two
     chosen = config.Optim(clip=0.5, eps=1e-4)
     given = {"ema": 0.9, "ema_start": 0.5, "ema_ramp": str(3 * TOTAL)} | NAMED.get(name, {"name": name}) | options
-    return engines.create(config.Engine(**given), made, chosen, optim.groups(made, chosen), world, 0)
+    return engines.create(engine_config.Engine(**given), made, chosen, optim.groups(made, chosen), world, 0)
 
 
 def steps(engine, world, count=STEPS, start=0):

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 from toys import NAMED
 
-from halfseen import config as configs
-from halfseen import engines, optim, recipes, stage
+from halfseen import engine_config, engines, optim, recipes, stage
 from halfseen.config import ConfigError, Model
 from halfseen.data.hashing import uniform
 from halfseen.distributed import World
@@ -123,7 +122,7 @@ def steps(world, config, engine="single", count=2):
     batch = prepared(config, target)
     begin_with(student, lambda images: batch(torch.arange(images)), world)
     groups = optim.groups(student, config.optim)
-    chosen = configs.Engine(**NAMED.get(engine, {"name": engine}), ema=config.engine.ema)
+    chosen = engine_config.Engine(**NAMED.get(engine, {"name": engine}), ema=config.engine.ema)
     made = engines.create(chosen, student, config.optim, groups, world, 0)
     losses = []
     for first in range(0, count * TOTAL, TOTAL):

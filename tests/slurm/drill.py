@@ -252,9 +252,9 @@ def same_run(run, expected, keys, rel):
 
 
 def nothing_left(run):
-    """No process of the run's job is alive, or a minute later still."""
+    """No process of the run's job is alive, or none stays so."""
     job = records.story(run).job
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while processes(job) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not [command_of(process) for process in processes(job)]

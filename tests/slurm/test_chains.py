@@ -1,6 +1,7 @@
 """Chains and sweeps: dependencies through preemption, failure and a site that cancels."""
 
 import json
+import shutil
 import subprocess
 
 import drill
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 def test_a_chain_goes_through_a_preemption_and_continues_after_a_failure(tmp_path):
     """Pretrain, fine-tune, evaluate; the fine-tuning cannot write at first, so the evaluation is cancelled."""
     base = tmp_path / "chain"
-    file = resources(tmp_path, nodes=2, tasks=1, held=80, fruitless=1, **HERE)
+    file = resources(tmp_path, nodes=2, tasks=1, held=80, **HERE)
     chain = tmp_path / "chain.yaml"
     tiny = ["model.width=32", "model.depth=2", "model.heads=2", "data.image_size=32", "run.images=320"]
     stages = {
@@ -25,10 +26,9 @@ def test_a_chain_goes_through_a_preemption_and_continues_after_a_failure(tmp_pat
         "evaluate": {"run": "${finetune}", "launch": {"nodes": 1, "min_nodes": None}},
     }
     chain.write_text(json.dumps({"folder": str(base), "launch": str(file), "stages": stages}))
-    (base / "finetune").mkdir(parents=True)
-    (base / "finetune/checkpoints").write_text("not a folder")
     said = halfseen("launch", "chain", chain)
     assert "after pretrain" in said
+    (base / "finetune/checkpoints").write_text("not a folder")  # any earlier, and the launch is refused
     waiting(base / "pretrain", 1, 80)
     drill.occupy("node1,node2")
     drill.left(base / "pretrain", 1)
@@ -37,6 +37,7 @@ def test_a_chain_goes_through_a_preemption_and_continues_after_a_failure(tmp_pat
     assert drill.starts(base / "pretrain") == 2
     told = ended(base / "finetune", "failed")
     assert "checkpoints" in told["reason"]
+    assert drill.starts(base / "finetune") == 1  # another one would end the same
     evaluation = base / "evaluate"
     until("the evaluation is cancelled", lambda: "cancelled" in halfseen("status", evaluation))
     assert drill.starts(evaluation) == 0
@@ -48,6 +49,33 @@ def test_a_chain_goes_through_a_preemption_and_continues_after_a_failure(tmp_pat
     ended(evaluation, "complete")
     assert json.loads((evaluation / "result.json").read_text())["images"] == 394
     assert "evaluate     complete" in halfseen("launch", "chain", chain)
+
+
+def test_a_chain_through_a_teacher_s_stored_answers(tmp_path):
+    """Fine-tune a teacher, keep its answers, distil from them, evaluate: a job each, on two nodes."""
+    base = tmp_path / "chain"
+    file = resources(tmp_path, nodes=2, tasks=1, **THERE)
+    chain = tmp_path / "chain.yaml"
+    tiny = ["model.width=32", "model.depth=2", "model.heads=2", "data.image_size=32", "run.images=320"]
+    learned = ["distillation.student_layers=[0]", "distillation.teacher_layers=[1]", "teacher.source=${teacher}"]
+    stages = {
+        "teacher": {"stage": "finetune", "recipe": "finetune/demo", "set": tiny},
+        "teach": {"recipe": "distill/demo", "set": [*tiny, *learned, "store.shard_images=256"]},
+        "distill": {
+            "recipe": "distill/demo",
+            "set": [*tiny, *learned, "store.folder=${teach}", "store.shard_images=256"],
+        },
+        "evaluate": {"run": "${distill}", "launch": {"nodes": 1}},
+    }
+    chain.write_text(json.dumps({"folder": str(base), "launch": str(file), "stages": stages}))
+    assert "after teacher, teach" in halfseen("launch", "chain", chain)
+    for name in stages:
+        ended(base / name, "complete")
+        assert drill.starts(base / name) == 1
+    assert len(list((base / "teach").glob("positions-*.tar"))) == 2  # a shard from each node
+    assert "320 of 320 (100%)" in halfseen("status", base / "teach")
+    assert records.story(base / "distill").ended["position"] == 320
+    assert json.loads((base / "evaluate/result.json").read_text())["images"] == 394
 
 
 def test_a_sweep_with_a_failing_member_has_a_complete_table(tmp_path):
@@ -70,6 +98,12 @@ def test_a_sweep_with_a_failing_member_has_a_complete_table(tmp_path):
     assert second.startswith("001,1e30,failed,")
     assert "not finite" in second
     assert third.startswith("002,2e-3,complete,160,")
+    shutil.rmtree(base / "001")  # with another rate it is another run
+    (tmp_path / "sweep.yaml").write_text("grid: {optim.lr: [1e-3, 5e-4, 2e-3]}")
+    again = halfseen("launch", "pretrain", *SHORT, *budget, "--launch", file, "--sweep", tmp_path / "sweep.yaml")
+    assert "1 members to run, 2 are complete" in again
+    ended(base / "001", "complete")
+    until("the table", lambda: (base / "results.csv").read_text().count(",complete,160,") == 3)
 
 
 def test_a_cluster_that_cancels_gets_a_new_job(tmp_path):

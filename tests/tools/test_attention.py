@@ -91,3 +91,9 @@ def test_a_picture_is_drawn_for_each_image(tmp_path, capsys):
     assert main(["finetune/demo", *images, "--size", "64", "--out", str(tmp_path / "out")]) == 0
     assert all(read_file(str(tmp_path / "out" / f"{name}.png")).numel() for name in ("a", "b"))
     assert "3 heads of block 5, rollout" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ConfigError, match=r"IMAGE='.*text\.jpg': not an image"):
+        main(["pretrain/demo", str(tmp_path / "text.jpg"), "--out", str(tmp_path)])

@@ -2,8 +2,13 @@
 
 import json
 import multiprocessing
+import os
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from halfseen.config import ConfigError
 from halfseen.tools import bench_engine
@@ -59,3 +64,16 @@ def test_what_only_a_rank_can_refuse_comes_out_as_a_refusal():
 def test_a_rank_that_fails_is_named_with_its_traceback():
     with pytest.raises(RuntimeError, match=r"plain, rank 0 of 1: Traceback (?s:.*)positive integer"):
         bench_engine.main([*TINY, "--engines", "single", "--ranks", "1", "--threads", "-1"])
+
+
+def test_a_full_device_is_told_from_other_failures(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for failure, kind in ((torch.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError), (OSError("x"), str)):
+        sent = []
+
+        def make(*_, failure=failure):
+            raise failure
+
+        pipe, job = SimpleNamespace(send=sent.append), Namespace(threads=1)
+        bench_engine.serve(pipe, 0, 1, 0, "pretrain/demo", TINY, "single", job, Path(), make)
+        assert [(good, type(answer)) for good, answer in sent] == [(False, kind)]

@@ -17,7 +17,7 @@ from timm.scheduler import CosineLRScheduler, create_scheduler, create_scheduler
 from torch import nn
 from torch.nn import functional as F
 
-from halfseen.tools import conformance, golden_beit, golden_distill, golden_finetune, golden_mae
+from halfseen.tools import conformance, golden_beit, golden_distill, golden_finetune, golden_hdvw, golden_mae
 from halfseen.tools.golden import Case, epsilon, refuse_unknown, trunk
 from halfseen.tools.golden_mini_swin import swin_of
 from halfseen.tools.golden_rates import layer_decay as timm_layer_decay
@@ -147,6 +147,53 @@ def test_a_loss_of_weight_0_has_gradient_0():
     assert_passes(golden_distill.deit(case), case)
 
 
+class OfficialBlock(nn.Module):
+    """AlterNet's block A in torch's own layers, channels-first, under the original's names."""
+
+    def __init__(self, width, channels, expansion):
+        super().__init__()
+        out, inner = channels * expansion, width // expansion
+        changed = [] if width == out else [nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)]
+        self.shortcut = nn.Sequential(*changed)
+        self.conv = nn.Sequential(nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.GELU())
+        self.attn, self.norm = nn.Module(), nn.BatchNorm2d(out)
+        self.attn.pos_embedding = nn.Parameter(torch.zeros(3, 3))  # windows of 2 x 2
+        self.attn.attn = nn.Module()
+        self.attn.attn.to_q = nn.Conv2d(inner, 6, 1, bias=False)  # two heads of three channels
+        self.attn.attn.to_kv = nn.Conv2d(inner, 12, 1, bias=False)
+        self.attn.attn.to_out = nn.Sequential(nn.Conv2d(6, out, 1))
+
+    def forward(self, x):
+        plane, maps = self.conv(x), self.attn.attn
+        mixed = torch.zeros_like(x[:, :1]).repeat(1, 6, 1, 1)
+        for top, left in [(top, left) for top in range(0, x.shape[2], 2) for left in range(0, x.shape[3], 2)]:
+            tile = plane[:, :, top : top + 2, left : left + 2]
+            q, k, v = (
+                part.flatten(2).unflatten(1, (2, 3)) for part in (maps.to_q(tile), *maps.to_kv(tile).chunk(2, 1))
+            )
+            scores = torch.einsum("bhdi,bhdj->bhij", q, k) / 3**0.5
+            places = [(y, x) for y in range(2) for x in range(2)]
+            bias = [[self.attn.pos_embedding[c - a + 1, d - b + 1] for c, d in places] for a, b in places]
+            weights = (scores + torch.stack([torch.stack(row) for row in bias])).softmax(-1)
+            found = torch.einsum("bhij,bhdj->bhdi", weights, v).flatten(1, 2).unflatten(2, (2, 2))
+            mixed[:, :, top : top + 2, left : left + 2] = found
+        return self.norm(maps.to_out(mixed)) + self.shortcut(x)
+
+
+@pytest.mark.parametrize(("name", "expansion", "channels"), [("AttentionBlockA", 4, 3), ("AttentionBasicBlockA", 1, 8)])
+def test_alternets_blocks_whose_norms_come_after(name, expansion, channels):
+    config = {"cls": name, "dim_in": 8, "dim_out": channels, "heads": 2, "dim_head": 3, "window_size": 2}
+    model = random_weights(OfficialBlock(8, channels, expansion).double())
+    x, weight = torch.randn(3, 8, 4, 6).double(), torch.randn(3, channels * expansion, 4, 6).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    outputs = {"output_eval": model(x), "output_train": model.train()(x)}
+    outputs["loss"] = (outputs["output_train"] * weight).sum()
+    outputs |= {f"after_one_train_step/{name}": value.clone() for name, value in model.named_buffers()}
+    case = case_of(model, config, {"x": x, "loss_weight": weight}, outputs, {"grad": outputs["loss"]})
+    case.state.update(before)
+    assert_passes(golden_hdvw.block(case), case)
+
+
 def rows_of(make, rate, times):
     """The table of a timm scheduler over two groups, as a case has it."""
     parameters = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate / share} for share in (1, 2)]
@@ -196,7 +243,11 @@ def test_old_timm_lowers_the_floor_with_each_cycle_and_knows_cycles_without_end(
 
 
 @pytest.mark.parametrize(
-    "name", ["deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", "beit_base_patch16_224"]
+    "name",
+    [
+        *("deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", "beit_base_patch16_224"),
+        *("swin_tiny_patch4_window7_224", "pvt_v2_b0", "tnt_s_patch16_224"),
+    ],
 )
 def test_timms_groups_of_other_models(name):
     with torch.device("meta"):
@@ -314,6 +365,12 @@ def test_tensors_that_are_missing_are_named(tmp_path):
     (tmp_path / "peg_a.safetensors").unlink()
     (error,) = conformance.judge(tmp_path / "peg_a.json", conformance.families()).errors
     assert "peg_a.safetensors" in error
+
+
+def test_what_a_case_lacks_is_named(tmp_path):
+    stored("peg_a", tmp_path, config={"in_chans": 24, "embed_dim": 24, "W": 7})
+    (error,) = conformance.judge(tmp_path / "peg_a.json", conformance.families()).errors
+    assert error.startswith("the case states no 'H'")
 
 
 def test_weights_and_inputs_stored_in_double_are_run_in_single(tmp_path):

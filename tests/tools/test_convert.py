@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from halfseen.config import ConfigError, Model
 from halfseen.models import ViT
+from halfseen.models.pyramid import Pyramid, PyramidConfig
+from halfseen.models.swin import Swin, SwinConfig
 from halfseen.pretrain import train as pretraining
 from halfseen.tools import architecture, convert
 
@@ -66,6 +68,29 @@ def test_what_a_pretraining_predicts_is_no_classifier(name):
     tuned = convert.place(ours, source, destination, "finetune")
     assert not tuned.unused
     assert len(tuned.weights) == len(made.weights) + 2
+
+
+@pytest.mark.parametrize("name", ["mae", "transformers_vit", "transformers_beit", "irpe", "swin", "timm_swin", "pvt"])
+def test_nor_is_it_beside_a_mask_token(name):
+    trunk = ViT(Model(width=32, depth=1, heads=2, patch=8), 32)
+    if "swin" in name:
+        trunk = Swin(SwinConfig(width=8, depths=[1, 1], heads=[1, 1], window=4), 32)
+    elif name == "pvt":
+        trunk = Pyramid(PyramidConfig(depths=[1], widths=[8], heads=[1], mlp_ratios=[1], reductions=[1]), 32)
+    ours = {f"encoder.{key}": value for key, value in trunk.state_dict().items()}
+    ours |= {"head.weight": torch.randn(12, 32), "head.bias": torch.randn(12), "mask_token": torch.randn(1, 1, 32)}
+    source, destination = convert.LAYOUTS["halfseen"], convert.LAYOUTS[name]
+    made = convert.place(ours, source, destination, "pretrain")
+    assert set(made.unused) == {"head.weight", "head.bias", "mask_token"}
+    for kept in ("halfseen", "simmim"):
+        if name != "pvt":
+            assert not convert.place(ours, source, convert.LAYOUTS[kept], "pretrain").unused
+
+
+def test_a_head_over_codes_is_no_head_of_simmim():
+    ours = {"encoder.norm.weight": torch.ones(4), "mask_token": torch.ones(1, 1, 4), "head.weight": torch.ones(7, 4)}
+    with pytest.raises(ConfigError, match="7 numbers a place"):
+        convert.place(ours, convert.LAYOUTS["halfseen"], convert.LAYOUTS["simmim"])
 
 
 def test_names_that_contradict_from_are_refused(tmp_path):
@@ -178,12 +203,52 @@ def test_missing_weights_are_refused_by_the_share_of_the_trunk(tmp_path):
     weights = randomised(timm.create_model("vit_tiny_patch16_224", **SMALL)).state_dict()
     torch.save({name: value for name, value in weights.items() if "mlp.fc2" not in name}, tmp_path / "given.pth")
     arguments = [str(tmp_path / "given.pth"), str(tmp_path / "out.pth"), "--to", "halfseen", "--heads", "3"]
-    with pytest.raises(ConfigError, match=r"of the trunk is given; missing: encoder\.blocks"):
+    with pytest.raises(ConfigError, match=r"of the trunk is given; lacking: encoder\.blocks.*\(not given\)"):
         convert.main(arguments)
     assert convert.main([*arguments, "--coverage", "0.5"]) == 0
     told = torch.load(tmp_path / "out.pth", weights_only=True)["halfseen"]
     assert json.loads(told["coverage"])["new"]["tensors"] == 4
     assert "fc2" in json.loads(told["proof"])["reason"]
+
+
+def spoilt(folder, **changed):
+    """A file of a small ViT with some weights changed, or left out where None is given; the arguments to convert it."""
+    weights = randomised(timm.create_model("vit_tiny_patch16_224", **SMALL)).state_dict() | changed
+    torch.save({name: value for name, value in weights.items() if value is not None}, folder / "given.pth")
+    return [str(folder / "given.pth"), str(folder / "out.safetensors"), "--to", "mae"]
+
+
+@pytest.mark.parametrize("heads", [["--heads", "3"], []])
+def test_weights_of_other_shapes_are_refused_by_name_whoever_tells_the_heads(tmp_path, capsys, heads):
+    arguments = [*spoilt(tmp_path, **{"blocks.1.mlp.fc1.weight": torch.zeros(10, 10)}), *heads]
+    with pytest.raises(
+        ConfigError, match=r"blocks\.1\.mlp\.fc1\.weight \(given as \(10, 10\), needed as \(192, 48\)\)"
+    ):
+        convert.main(arguments)
+    assert convert.main([*arguments, "--coverage", "0.5"]) == 0
+    assert not heads or "have other shapes" in capsys.readouterr().out
+
+
+def test_blocks_without_a_stem_are_a_part_and_refused(tmp_path):
+    arguments = spoilt(tmp_path, **{"patch_embed.proj.weight": None, "patch_embed.proj.bias": None})
+    with pytest.raises(ConfigError, match="no stem"):
+        convert.main(arguments)
+    assert convert.main([*arguments, "--coverage", "0"]) == 0
+
+
+def test_a_mask_token_that_pretraining_left_keeps_nothing_from_being_proven(tmp_path, capsys):
+    arguments = spoilt(tmp_path, mask_token=torch.ones(1, 1, 48))
+    assert convert.main([*arguments, "--heads", "3"]) == 0
+    assert "proof     equal to timm" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["mask_token"], torch.ones(1, 1, 48))
+
+
+@pytest.mark.parametrize("layout", ["swin", "mini_deit", "vqkd", "peg", "cpvt", "hdvw", "timm_hierarchical"])
+def test_a_plain_vit_is_not_written_as_another_model(tmp_path, layout):
+    given = timm_file(tmp_path / "given.pth", "vit_tiny_patch16_224", **SMALL)
+    with pytest.raises(ConfigError, match="has no place for encoder"):
+        convert.main([given, str(tmp_path / "out.safetensors"), "--to", layout, "--heads", "3"])
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 class Code:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from halfseen.classification import Classifier, Task
 from halfseen.config import ConfigError, Model
+from halfseen.models import ViT
 from halfseen.models.hierarchical import TimmConfig
 from halfseen.models.swin import SwinConfig
 from halfseen.tools import convert, export, export_graph
@@ -56,6 +58,18 @@ def test_onnxruntime_computes_the_same(tmp_path, capsys, kind):
     (found,) = runtime.InferenceSession(str(out)).run(["tokens"], {"image": image.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), trunk(image), rtol=1e-4, atol=1e-4)
+
+
+def test_the_trunk_of_a_classifier_that_pools_the_mean_is_exported_without_a_norm_of_its_own(tmp_path):
+    architecture = Architecture(TRUNKS["plain"], 32, "this test")
+    student = Classifier(ViT(TRUNKS["plain"], 32), Task(pool="mean"), 5).eval()
+    convert.write(student.state_dict(), tmp_path / "fine.safetensors", architecture.described())
+    out = tmp_path / "trunk.pt2"
+    assert export.main([str(tmp_path / "fine.safetensors"), str(out), "--torch-export"]) == 0
+    image = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tokens = torch.export.load(out).module()(image)
+        torch.testing.assert_close(student.scores(tokens), student.scores(student.encoder(image)))
 
 
 def test_a_graph_that_differs_is_removed(tmp_path):

@@ -46,6 +46,18 @@ def damage(run, position):
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("inside", "asked"),
+    [(".", "."), ("checkpoints", "."), ("checkpoints", "img_000000012800"), ("checkpoints/img_000000012800", ".")],
+)
+def test_the_place_may_be_named_from_within(run, capsys, monkeypatch, inside, asked):
+    monkeypatch.chdir(run / inside)
+    code, text = inspect(capsys, asked)
+    assert code == 0
+    assert "position    12,800 images" in text
+    assert "img_000000012800  healthy" in text
+
+
 def test_a_run_is_described_by_its_newest_checkpoint(run, capsys):
     code, text = inspect(capsys, run)
     assert code == 0

@@ -362,3 +362,9 @@ def test_an_empty_source_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no image"):
         main(["build", str(tmp_path / "empty"), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(("command", "key"), [("build", "source"), ("stats", "shards"), ("check", "shards")])
+def test_shards_that_are_not_there_are_refused_under_the_name_of_the_argument(command, key, tmp_path):
+    with pytest.raises(ConfigError, match=f"^{key}='.*nowhere': there is no"):
+        main([command, str(tmp_path / "nowhere"), *([str(tmp_path / "out")] if command == "build" else [])])

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from halfseen.checkpoint import read_weights
 from halfseen.classification import Classifier
-from halfseen.config import Batches, ConfigError
+from halfseen.config import ConfigError
+from halfseen.derived import Batches
 from halfseen.distributed import World
 from halfseen.finetune import evaluate
 from halfseen.models import ViT

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from halfseen import config, engines, optim
+from halfseen import config, engine_config, engines, optim
 from halfseen.data.hashing import uniform
 from halfseen.distributed import World
 from halfseen.models import ViT
@@ -37,7 +37,7 @@ def run(world, name, accumulation, poison=None):
     student = build()
     begin_with(student, lambda count: batch_at(torch.arange(count)), world)
     chosen = config.Optim(base_lr=None, lr=1e-2)
-    engine = engines.create(config.Engine(name=name), student, chosen, optim.groups(student, chosen), world, 5)
+    engine = engines.create(engine_config.Engine(name=name), student, chosen, optim.groups(student, chosen), world, 5)
     losses = []
     for first in range(0, STEPS * TOTAL, TOTAL):
         own = torch.arange(first + world.rank, first + TOTAL, world.world)
@@ -120,7 +120,9 @@ def test_codebook_and_its_use_travel_with_the_state():
 
     def fresh():
         student = build(start_images=0)
-        return engines.create(config.Engine(name="single"), student, chosen, optim.groups(student, chosen), World(), 5)
+        return engines.create(
+            engine_config.Engine(name="single"), student, chosen, optim.groups(student, chosen), World(), 5
+        )
 
     first, second = fresh(), fresh()
     for position in (0, TOTAL):
