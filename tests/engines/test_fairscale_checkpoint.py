@@ -178,6 +178,7 @@ def test_gradients_pass_through_every_tensor_of_a_block():
         torch.testing.assert_close(gradients(Unit(block, offload).call, block), plain)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_frozen_block_gets_no_gradient_and_passes_none():
     block = Tracing().requires_grad_(False)
     result, _ = Unit(block, offload=False).call(torch.ones(1, 4), Pair(torch.ones(4)))
