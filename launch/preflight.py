@@ -177,8 +177,8 @@ def check_disk(student: Any, config: Any, folder: Path) -> list[str]:
         raise ConfigError(
             "run.keep",
             config.run.keep,
-            f"{config.run.keep} checkpoints and one being written take {wanted / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free at {place}",
+            f"{config.run.keep} checkpoints and one being written take {wanted / 2**30:.3g} GiB, "
+            f"{free / 2**30:.3g} GiB are free at {place}",
             "lower it, free space, or use another run.folder",
         )
     gib = [number / 2**30 for number in (size, wanted, free)]

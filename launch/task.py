@@ -23,6 +23,7 @@ import halfseen
 from halfseen import signals
 from halfseen.cli import COMMANDS, expected, first_rank, message
 from halfseen.config import ConfigError
+from halfseen.writing import write_whole
 
 from . import records
 
@@ -83,9 +84,7 @@ class Task:
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.config:
             self.config_file.write_text(self.config)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
         return path
 
     @classmethod

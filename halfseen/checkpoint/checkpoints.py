@@ -226,7 +226,7 @@ class Checkpoints:
         if short:
             raise OSError(
                 errno.ENOSPC,
-                f"a checkpoint of {needed / 2**30:.2f} GiB does not fit into {free / 2**30:.2f} GiB. Nothing was "
+                f"a checkpoint of {needed / 2**30:.3g} GiB does not fit into {free / 2**30:.3g} GiB. Nothing was "
                 "written over; free space or lower run.keep, then start the run again",
                 str(self.folder),
             )
