@@ -148,6 +148,18 @@ def steps(
     return history
 
 
+def three_steps(
+    world: World, options: dict[str, Any], student: nn.Module, batch: dict[str, Tensor]
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of three steps of any student on one batch, of which each rank takes its share."""
+    chosen = config.Optim(base_lr=None, lr=1e-3)
+    groups = optim.groups(student, chosen)
+    engine = engines.create(engine_config.Engine(**options), student, chosen, groups, world, 0)
+    mine = {key: value[world.rank :: world.world] for key, value in batch.items()}
+    found = [engine.step([mine], 1e-3, 4 * step) for step in range(3)]
+    return [(float(scalars["loss"]), float(scalars["grad_norm"])) for scalars in found]
+
+
 def furthest(some: list[dict[str, float]], others: list[dict[str, float]], *names: str) -> float:
     """Largest relative difference between two histories in the named scalars."""
     return max(abs(a[n] - b[n]) / max(abs(a[n]), 1e-12) for a, b in zip(some, others, strict=True) for n in names)

@@ -69,11 +69,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def listed(text: str) -> list[str]:
+    """The entries of a,b,c."""
+    return [item for item in text.split(",") if item]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-
-    def listed(text: str) -> list[str]:
-        return [item for item in text.split(",") if item]
 
     def counts(text: str) -> list[int]:
         return [int(item) for item in listed(text)]

@@ -24,7 +24,7 @@ from halfseen.pretrain.config import Pretrain
 from halfseen.recipes import load
 
 from . import bench_step
-from .bench_engine import PLAIN, Crew, Job, alone, settings
+from .bench_engine import PLAIN, Crew, Job, alone, listed, settings
 
 RECIPES = ["pretrain/mae_b16", "pretrain/mae_l16"]
 ENGINES = (
@@ -79,9 +79,6 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-
-    def listed(text: str) -> list[str]:
-        return [item for item in text.split(",") if item]
 
     gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(prog="halfseen bench table", description=__doc__)

@@ -178,6 +178,19 @@ def test_gradients_pass_through_every_tensor_of_a_block():
         torch.testing.assert_close(gradients(Unit(block, offload).call, block), plain)
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_block_is_computed_again_in_the_type_it_was_computed_in(enabled):
+    """The wrapper alone would recompute bf16 in float32 here: losses are too alike to show it."""
+    seen = []
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda module, given, result: seen.append(result.dtype))
+    unit = Unit(nn.Sequential(layer), offload=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        result = unit.call(torch.ones(1, 2, requires_grad=True))
+    result.float().sum().backward()
+    assert seen == [torch.bfloat16 if enabled else torch.float32] * 2
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_frozen_block_gets_no_gradient_and_passes_none():
     block = Tracing().requires_grad_(False)

@@ -5,9 +5,8 @@ import ranks
 import torch
 from small_trunks import FAMILIES
 from torch import nn
-from toys import NAMED
+from toys import NAMED, three_steps
 
-from halfseen import config, engine_config, engines, optim
 from halfseen.distributed import World
 from halfseen.models import trunks
 from halfseen.models.hierarchical import TimmConfig
@@ -40,13 +39,9 @@ def curves(world, options):
     found = {}
     for name in TRIED:
         torch.manual_seed(0)
-        student, chosen = Student(name), config.Optim(base_lr=None, lr=1e-3)
-        groups = optim.groups(student, chosen)
-        engine = engines.create(engine_config.Engine(**options), student, chosen, groups, world, 0)
+        student = Student(name)
         batch = {"image": torch.randn(4, 3, 64, 64), "target": torch.randn(4, 3), "mask": torch.rand(4, 4) < 0.5}
-        mine = {key: value[world.rank :: world.world] for key, value in batch.items()}
-        steps = [engine.step([mine], 1e-3, 4 * step) for step in range(3)]
-        found[name] = [(float(scalars["loss"]), float(scalars["grad_norm"])) for scalars in steps]
+        found[name] = three_steps(world, options, student, batch)
     return found
 
 

@@ -4,9 +4,8 @@ import pytest
 import ranks
 import torch
 from torch import nn
-from toys import NAMED
+from toys import NAMED, three_steps
 
-from halfseen import config, engine_config, engines, optim
 from halfseen.config import Model
 from halfseen.distributed import World
 from halfseen.models import ViT
@@ -44,15 +43,10 @@ def curves(world, options):
     found = {}
     for name in TRUNKS:
         torch.manual_seed(0)
-        student, chosen = Student(name), config.Optim(base_lr=None, lr=1e-3)
-        engine = engines.create(
-            engine_config.Engine(**options), student, chosen, optim.groups(student, chosen), world, 0
-        )
+        student = Student(name)
         index = torch.rand(4, 6).argsort(1)[:, :4].sort(1)[0]
         batch = {"image": torch.randn(4, 3, 16, 24), "target": torch.randn(4, 3), "index": index}
-        mine = {key: value[world.rank :: world.world] for key, value in batch.items()}
-        steps = [engine.step([mine], 1e-3, 4 * step) for step in range(3)]
-        found[name] = [(float(scalars["loss"]), float(scalars["grad_norm"])) for scalars in steps]
+        found[name] = three_steps(world, options, student, batch)
     return found
 
 
